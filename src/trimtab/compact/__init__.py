@@ -1,0 +1,34 @@
+"""The main job: give data and a budget, get the best compact model inside it.
+
+>>> import trimtab as tt
+>>> tt.compact("digits", budget="size<=32KB", time="60s", out="out/")  # doctest: +SKIP
+
+The package is callable, so that `tt.compact(...)` works although `trimtab.compact` is also a package.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trimtab.compact.job import compact
+
+__all__ = ["compact"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "compact":
+        from trimtab.compact import job
+
+        return job.compact
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class _Callable(ModuleType):
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return __getattr__("compact")(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -1,0 +1,203 @@
+"""Recipes: phases of learning and surgery written in YAML, run in order, each resumable.
+
+    data: digits
+    model: {name: trim_10k}            # or {load: path/to/artifact}
+    out: runs/digits
+    phases:
+      - train: {epochs: 20, lr: 0.2}
+        as: big                        # a name for the model after this phase
+      - compress: {method: magnitude, budget: "macs<=50%"}
+      - train: {objective: {kd: {teacher: big}}, epochs: 10}
+      - export: {int8: true}
+    budget: "size<=20KB"               # checked on the exported file
+
+A phase that is done is not done again; a training that was killed goes on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import nn
+
+from trimtab.compact.deliver import measured
+from trimtab.compact.journal import Journal
+from trimtab.core import artifact
+from trimtab.core.budget import Budget
+from trimtab.core.errors import TrimtabError
+from trimtab.core.log import logger
+from trimtab.data import Data, load_data
+from trimtab.deploy import export
+from trimtab.learn import KD, Classify, Objective, evaluate, fit
+from trimtab.models import create_model, load
+
+log = logger(__name__)
+
+MAX_BYTES = 1_000_000  # of a recipe file
+# Names that a recipe may use; a system adds itself here through its room's `__init__`.
+OBJECTIVES: dict[str, Callable[..., Objective]] = {"classify": Classify, "kd": KD}
+
+
+class RecipeError(TrimtabError, ValueError):
+    """A recipe that cannot be carried out."""
+
+
+class Phase(BaseModel):
+    """One of train, compress, export; `as` names the model that comes out."""
+
+    model_config = ConfigDict(extra="forbid")
+    train: dict[str, Any] | None = None
+    compress: dict[str, Any] | None = None
+    export: dict[str, Any] | None = None
+    as_: str | None = Field(default=None, alias="as")
+
+    @property
+    def kind(self) -> str:
+        return next(k for k in ("train", "compress", "export") if getattr(self, k) is not None)
+
+
+class Recipe(BaseModel):
+    """A recipe file."""
+
+    model_config = ConfigDict(extra="forbid")
+    data: str | dict[str, Any] = "digits"
+    model: dict[str, Any]
+    out: str = "trimtab-out"
+    seed: int = 0
+    phases: list[Phase] = Field(min_length=1)
+    budget: str | None = None
+
+
+def read(path: str | Path) -> Recipe:
+    """Read and check a recipe; nothing is run.
+
+    Raises:
+        RecipeError: naming the field that is wrong.
+    """
+    path = Path(path)
+    if path.stat().st_size > MAX_BYTES:
+        raise RecipeError(f"{path} has {path.stat().st_size} bytes, more than the {MAX_BYTES} allowed")
+    try:
+        recipe = Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except yaml.YAMLError as e:
+        raise RecipeError(f"{path} is not YAML: {e}") from e
+    except ValidationError as e:
+        first = e.errors()[0]
+        raise RecipeError(f"{path}: {'.'.join(map(str, first['loc'])) or 'recipe'}: {first['msg']}") from e
+    names: set[str] = set()
+    for i, phase in enumerate(recipe.phases):
+        kinds = [k for k in ("train", "compress", "export") if getattr(phase, k) is not None]
+        if len(kinds) != 1:
+            raise RecipeError(f"{path}: phases.{i}: expected one of train, compress, export, got {kinds or 'none'}")
+        if phase.train is not None:
+            _objective(phase.train.get("objective", "classify"), names, lambda name: nn.Identity())
+        names |= {phase.as_} if phase.as_ else set()
+    if not {"name", "load"} & set(recipe.model):
+        raise RecipeError(f"{path}: model: expected a 'name' or an artifact to 'load', got {recipe.model}")
+    if recipe.budget is not None:
+        Budget(recipe.budget)
+    return recipe
+
+
+def run(path: str | Path) -> dict[str, Any]:
+    """Carry out a recipe.
+
+    Returns:
+        {"phases": [...], "accuracy", "cost", "budget", "files"}: what each phase gave, and the final model's figures.
+    """
+    recipe = read(path)
+    out = Path(recipe.out)
+    journal = Journal(out / ".recipe" / "journal.json", recipe.model_dump(by_alias=True), float("inf"))
+    source = recipe.data if isinstance(recipe.data, dict) else {"spec": recipe.data}
+    data = load_data(**source)
+    model = _start(recipe, data)
+    named: dict[str, Path] = {}
+    rows: list[dict[str, Any]] = []
+    files: list[str] = []
+    split = "val" if "val" in data.splits else "train"
+    for i, phase in enumerate(recipe.phases):
+        folder = out / "phases" / f"{i + 1}-{phase.as_ or phase.kind}"
+        key = f"phase {i + 1}"
+        if key in journal.steps and phase.kind != "export":
+            model = load(folder)
+        elif phase.kind == "export":
+            target = out / "model.onnx"
+            export(model, target, data=data, **(phase.export or {}))
+            files.append(str(target))
+        else:
+            model = (
+                _train(phase, model, data, folder, named, recipe.seed)
+                if phase.train is not None
+                else _compress(phase, model, data)
+            )
+            artifact.save(model, folder, spec=data.spec, labels=data.class_names)
+        if phase.as_:
+            named[phase.as_] = folder
+        row = journal.once(key, lambda m=model: {"accuracy": evaluate(m, data, split)["accuracy"]})  # type: ignore[misc]
+        rows.append({"phase": phase.kind, "as": phase.as_, f"{split}_accuracy": row["accuracy"]})
+        log.info("phase %d of %d (%s): %s accuracy %.4f", i + 1, len(recipe.phases), phase.kind, split, row["accuracy"])
+    tested = evaluate(model, data, "test")["accuracy"]
+    artifact.save(model, out, spec=data.spec, labels=data.class_names, metrics={"test": tested})
+    result: dict[str, Any] = {"phases": rows, "accuracy": tested, "files": [str(out), *files], "budget": None}
+    if files:
+        budget = Budget(recipe.budget) if recipe.budget else Budget("size<=1GB")
+        result["cost"] = measured(Path(files[-1]), budget)
+        if recipe.budget:
+            verdict = budget.check({**result["cost"], "accuracy": tested})
+            result["budget"] = {"text": recipe.budget, "met": verdict.ok, "rows": [asdict(r) for r in verdict.rows]}
+    elif recipe.budget:
+        raise RecipeError("a budget is checked on the exported file; add an export phase")
+    (out / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    return result
+
+
+def _start(recipe: Recipe, data: Data) -> nn.Module:
+    given = dict(recipe.model)
+    if "load" in given:
+        return load(given["load"])
+    name = given.pop("name")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        return create_model(name, num_classes=data.num_classes, in_chans=data.in_chans, img_size=data.size, **given)
+
+
+def _train(phase: Phase, model: nn.Module, data: Data, folder: Path, named: dict[str, Path], seed: int) -> nn.Module:
+    given = dict(phase.train or {})
+    objective = _objective(given.pop("objective", "classify"), set(named), lambda name: load(named[name]))
+    return fit(model, data, objective, out=folder.with_name(folder.name + ".training"), **{"seed": seed, **given}).model
+
+
+def _compress(phase: Phase, model: nn.Module, data: Data) -> nn.Module:
+    from trimtab import compress
+
+    given = dict(phase.compress or {})
+    method = given.pop("method", "magnitude")
+    known = [n for n in compress.__all__ if n.islower()]
+    if method not in known:
+        raise RecipeError(f"method must be one of {', '.join(known)}, got {method!r}")
+    return getattr(compress, method)(model, data, **given)
+
+
+def _objective(said: Any, named: set[str], get: Callable[[str], nn.Module]) -> Objective:
+    """`kd`, or `{kd: {teacher: big, T: 4}}`; a teacher is the name of an earlier phase's model."""
+    name, given = (said, {}) if isinstance(said, str) else next(iter(said.items()), (None, {}))
+    if name not in OBJECTIVES:
+        raise RecipeError(f"objective must be one of {', '.join(OBJECTIVES)}, got {said!r}")
+    given = dict(given or {})
+    if "teacher" in given:
+        if given["teacher"] not in named:
+            raise RecipeError(
+                f"teacher must be the name of an earlier phase ({', '.join(sorted(named)) or 'none yet'})"
+            )
+        given["teacher"] = get(given["teacher"])
+    try:
+        return OBJECTIVES[name](**given)
+    except TypeError as e:
+        raise RecipeError(f"objective {name}: {e}") from e

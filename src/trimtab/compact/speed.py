@@ -1,0 +1,82 @@
+"""How to train fast on this machine: precision and memory layout are measured, not guessed."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from trimtab.core.edit import history
+from trimtab.data import Data
+
+STEPS = 3
+TRANSFORMERS = ("vit", "deit", "cct", "cvt", "swin", "beit", "eva", "cait", "pit", "xcit", "mobilevit", "text_cct")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was found: the arguments of `fit` that decide the speed."""
+
+    precision: str = "fp32"
+    channels_last: bool = False
+    batch_size: int = 128
+    speed: float = 1000.0  # images per second, forward, backward and update
+
+    @property
+    def words(self) -> str:
+        return f"{self.precision}{', channels last' if self.channels_last else ''}, batches of {self.batch_size}"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def recipe(self, model: nn.Module, data: Data) -> dict[str, Any]:
+        """Arguments of `fit` for a model: AdamW for transformers, SGD with Nesterov momentum for the rest."""
+        base = history(model).base or type(model).__name__.lower()
+        common = {
+            "batch_size": self.batch_size, "precision": self.precision, "channels_last": self.channels_last,
+            "sched": "onecycle", "progress": True,
+        }  # fmt: skip
+        if base.startswith(TRANSFORMERS):
+            return {**common, "opt": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1, "clip_grad": 1.0}
+        return {**common, "opt": "sgd", "lr": 0.3 * self.batch_size / 128, "momentum": 0.9, "weight_decay": 5e-4}
+
+
+def fastest_settings(model: nn.Module, data: Data) -> Settings:
+    """Time a few steps of `model` in float32 and bfloat16, in both memory layouts; take the fastest.
+
+    The model is left as it was.
+    """
+    import copy
+
+    images = len(data.splits["train"])
+    batch = 128 if images >= 4000 else 64 if images >= 600 else 32
+    image = torch.randn(batch, data.in_chans, *data.size)
+    best = Settings(batch_size=batch, speed=0.0)
+    for precision in ("fp32", "bf16"):
+        for channels_last in (False, True):
+            speed = _images_per_second(copy.deepcopy(model), image, precision, channels_last)
+            if speed > best.speed:
+                best = Settings(precision, channels_last, batch, speed)
+    return best
+
+
+def _images_per_second(model: nn.Module, image: torch.Tensor, precision: str, channels_last: bool) -> float:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    model = model.train().to(memory_format=layout)
+    image = image.contiguous(memory_format=layout)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
+    took = []
+    with torch.random.fork_rng(devices=[]):
+        for _ in range(STEPS + 1):
+            start = time.perf_counter()
+            with torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext():
+                out = model(image)
+            out.float().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            took.append(time.perf_counter() - start)
+    return len(image) / min(took[1:])

@@ -1,0 +1,59 @@
+import pytest
+
+import trimtab as tt
+from trimtab.compact.recipe import RecipeError, read, run
+
+GOOD = """
+data: digits
+model: {{name: trim_10k}}
+out: {out}
+phases:
+  - train: {{epochs: 5, lr: 0.1, batch_size: 32, progress: false}}
+    as: big
+  - compress: {{method: magnitude, budget: "macs<=50%"}}
+  - train: {{objective: {{kd: {{teacher: big}}}}, epochs: 3, lr: 0.05, batch_size: 32, progress: false}}
+  - export: {{int8: true}}
+budget: "size<=20KB, accuracy>=0.5"
+"""
+
+
+def test_a_recipe_runs_and_a_second_run_repeats_nothing(tmp_path, monkeypatch):
+    file = tmp_path / "r.yaml"
+    file.write_text(GOOD.format(out=tmp_path / "o"))
+    result = run(file)
+    assert [p["phase"] for p in result["phases"]] == ["train", "compress", "train", "export"]
+    assert result["budget"]["met"]
+    assert result["cost"]["size"] == (tmp_path / "o" / "model.onnx").stat().st_size
+    small, big = tt.load(tmp_path / "o"), tt.load(tmp_path / "o" / "phases" / "1-big")
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in big.parameters())
+    monkeypatch.setattr("trimtab.compact.recipe.fit", lambda *a, **k: pytest.fail("trained again"))
+    again = run(file)
+    assert again["accuracy"] == result["accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (("phases:", "phase:"), "phases"),
+        (("name: trim_10k", "nam: trim_10k"), "expected a 'name'"),
+        (("kd: {{teacher: big}}", "kd: {{teacher: bigger}}"), "earlier phase"),
+        (("kd: {{teacher: big}}", "magic: {{}}"), "objective must be one of"),
+        (("  - export: {{int8: true}}", "  - explode: {{}}"), "explode"),
+        (("  - export: {{int8: true}}", "  - {{}}"), "expected one of train, compress, export"),
+        (("size<=20KB", "size<20KB"), "expected <= or >="),
+        (("data: digits", "data: [unclosed"), "not YAML"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_before_anything_runs(tmp_path, change, says):
+    file = tmp_path / "r.yaml"
+    file.write_text(GOOD.replace(*change).format(out=tmp_path / "o"))
+    with pytest.raises(ValueError, match=says):
+        run(file)
+    assert not (tmp_path / "o").exists()
+
+
+def test_reading_runs_no_code(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text("model: !!python/object/apply:os.system ['true']\nphases: []\n")
+    with pytest.raises(RecipeError, match="not YAML"):
+        read(file)
