@@ -1,0 +1,33 @@
+"""What a run found, as one page to read, a model card and plots.
+
+    >>> from trimtab import report
+    >>> report.pareto_svg({})
+    ''
+
+Everything here takes the *run*: the plain JSON dictionary that ``trimtab compact`` returns and writes as ``run.json``.
+Any key of it may be missing or null; what depends on it is then left out. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .card import model_card
+    from .page import layers_plot, write
+    from .pareto import pareto_svg
+
+__all__ = ["layers_plot", "model_card", "pareto_svg", "write"]
+
+_HOME = {"write": "page", "layers_plot": "page", "model_card": "card", "pareto_svg": "pareto"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
