@@ -1,0 +1,320 @@
+"""Parquet in Hugging Face layout, datasets saved to disk, and datasets of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import threading
+from collections import Counter, OrderedDict
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from trimtab.core.errors import DataError
+from trimtab.data.images import MAX_FILE_BYTES, Unreadable
+from trimtab.data.sources import SPLITS, Items, Source, printable
+
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
+_LABELS = ("label", "labels", "fine_label", "class", "target", "category")
+_IMAGES = ("image", "img", "picture", "jpg", "png")
+
+
+def parquet_files(root: Path) -> dict[str, list[Path]]:
+    """Parquet files of each split below `root`; a file whose name and folder say nothing belongs to train."""
+    out: dict[str, list[Path]] = {}
+    found = []
+    for folder, below, names in os.walk(root):
+        below[:] = [b for b in below if not b.startswith(".")]
+        found += [Path(folder, n) for n in names if n.endswith(".parquet") and not n.startswith(".")]
+    for path in sorted(found):
+        out.setdefault(_split_of(path, root), []).append(path)
+    return out
+
+
+def from_parquet(path: Path) -> Source:
+    """A parquet file, or a folder of them (``train-00000-of-00001.parquet``, ``data/test-...``, ``test/0000.parquet``).
+
+    Raises:
+        DataError: when there is no image or no label column, or a file is damaged.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    files = {"train": [path]} if path.is_file() else parquet_files(path)
+    if "train" not in files:
+        raise DataError(f"{path} has parquet files for {' and '.join(files)} but none for train")
+    configs = {p.parent.parent if p.parent.name.lower() in SPLITS else p.parent for fs in files.values() for p in fs}
+    if len(configs) > 1:
+        choices = ", ".join(sorted(str(c.relative_to(path)) for c in configs)[:5])
+        raise DataError(f"{path} holds several datasets; give one of its folders: {choices}")
+    warnings = [w for fs in files.values() for w in _missing_shards(fs)]
+    columns: tuple[str, str] | None = None
+    readers, raw, class_names = {}, {}, None
+    for split, paths in files.items():
+        try:
+            opened = [pq.ParquetFile(p) for p in paths]
+            schema = opened[0].schema_arrow
+            features = _features(schema.metadata)
+            types = {f.name: str(f.type) for f in schema}
+            image, label = columns = columns or _columns(str(path), schema.names, types, features)
+            labels: list[Any] = []
+            for p, file in zip(paths, opened, strict=True):
+                if not {image, label} <= set(file.schema_arrow.names):
+                    raise DataError(f"{p} has no columns {image!r} and {label!r}, unlike {paths[0].name}")
+                labels += file.read(columns=[label]).column(0).to_pylist()
+        except (pa.ArrowException, OSError) as e:
+            raise DataError(f"{path} has a damaged parquet file for {split}: {str(e)[:160]}") from e
+        readers[split] = _Rows(paths, image)
+        raw[split] = labels
+        class_names = class_names or _class_names(features, label)
+    names = {s: [f"{p.name} row {i}" for p, n in zip(r.paths, r.lengths) for i in range(n)] for s, r in readers.items()}
+    name = path.stem if path.is_file() else path.resolve().name
+    return _source(name, readers, names, raw, class_names, warnings)
+
+
+def from_disk(path: Path) -> Source:
+    """A dataset written by ``Dataset.save_to_disk``."""
+    import datasets
+
+    try:
+        found = datasets.load_from_disk(str(path))
+    except Exception as e:
+        raise DataError(f"{path} cannot be read as a saved dataset: {_line(e)}") from e
+    return from_dataset(found, path.resolve().name)
+
+
+def hub(name: str) -> Source:
+    """A dataset of the hub by name, ``owner/name`` or ``owner/name:config``; downloaded once by `datasets`.
+
+    Datasets that are Python scripts are refused by `datasets` itself: nothing from the hub is executed.
+    """
+    import datasets
+
+    repo, _, config = name.partition(":")
+    if not Path(repo).exists() and not (Path(datasets.config.HF_DATASETS_CACHE) / repo.replace("/", "___")).exists():
+        _check_network(repo, datasets.config.HF_ENDPOINT)
+    try:
+        found = datasets.load_dataset(repo, config or None)
+    except Exception as e:  # network, missing, gated, needs a config: each library layer has its own types
+        raise DataError(f"{repo!r} is not a folder here, and the Hugging Face hub did not give it: {_line(e)}") from e
+    return from_dataset(found, repo.split("/")[-1])
+
+
+def _check_network(repo: str, endpoint: str) -> None:
+    """Without a network, say so at once: `datasets` would try for half a minute."""
+    if any(k.lower() in ("https_proxy", "http_proxy", "all_proxy") for k in os.environ):
+        return
+    try:
+        socket.getaddrinfo(urlsplit(endpoint).hostname, 443)
+    except OSError as e:
+        raise DataError(
+            f"{repo!r} is not a folder here, and the Hugging Face hub cannot be reached ({e.strerror or e})"
+        ) from e
+
+
+def from_dataset(found: Any, name: str) -> Source:
+    """From a `datasets.Dataset` or `DatasetDict`."""
+    import datasets
+
+    splits: dict[str, Any] = dict(found) if isinstance(found, dict) else {"train": found}
+    known = {SPLITS[s.lower()]: d for s, d in splits.items() if s.lower() in SPLITS}
+    if "train" not in known:
+        raise DataError(f"{name} has splits {', '.join(splits)} but no train")
+    warnings = [f"split {s!r} of {name} was not used" for s in splits if s.lower() not in SPLITS]
+    readers, raw, names, class_names = {}, {}, {}, None
+    for split, data in known.items():
+        kinds = data.features.items()
+        features = {k: {"_type": type(v).__name__, "names": getattr(v, "names", None)} for k, v in kinds}
+        image, label = _columns(name, data.column_names, {k: str(getattr(v, "dtype", v)) for k, v in kinds}, features)
+        if features[image]["_type"] == "Image":
+            data = data.cast_column(image, datasets.Image(decode=False))
+        readers[split] = _Dataset(data, image)
+        raw[split] = list(data[label])
+        names[split] = [f"{split} row {i}" for i in range(len(data))]
+        class_names = class_names or _class_names(features, label)
+    return _source(name, readers, names, raw, class_names, warnings)
+
+
+class _Rows:
+    """The image column of parquet files, read one row group at a time; the last few stay in memory."""
+
+    random_access = False
+
+    def __init__(self, paths: list[Path], column: str) -> None:
+        import pyarrow.parquet as pq
+
+        self.paths, self.column = paths, column
+        self.files = [pq.ParquetFile(p) for p in paths]
+        self.lengths = [f.metadata.num_rows for f in self.files]
+        self.groups = [(k, g) for k, f in enumerate(self.files) for g in range(f.metadata.num_row_groups)]
+        sizes = [self.files[k].metadata.row_group(g).num_rows for k, g in self.groups]
+        self.ends = np.cumsum(sizes)
+        self._recent: OrderedDict[int, list[Any]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, i: int) -> bytes:
+        group = int(np.searchsorted(self.ends, i, side="right"))
+        with self._lock:
+            if group not in self._recent:
+                k, g = self.groups[group]
+                try:
+                    self._recent[group] = _cells(self.files[k].read_row_group(g, columns=[self.column]).column(0))
+                except Exception as e:
+                    raise Unreadable(f"damaged parquet row group: {_line(e)}") from e
+                if len(self._recent) > 4:
+                    self._recent.popitem(last=False)
+            cells = self._recent[group]
+            cell = cells[i - int(self.ends[group])]  # counted from the end
+        return _cell_bytes(cell, self.paths[self.groups[group][0]].parent, trusted=False)
+
+    def nbytes(self, i: int) -> int | None:
+        return None
+
+    def stamp(self) -> str:
+        return repr([(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in self.paths])
+
+
+class _Dataset:
+    """The image column of a `datasets.Dataset`."""
+
+    random_access = True
+
+    def __init__(self, data: Any, column: str) -> None:
+        self.data, self.column = data, column
+
+    def read(self, i: int) -> Any:
+        return _cell_bytes(self.data[i][self.column], None, trusted=True)
+
+    def nbytes(self, i: int) -> int | None:
+        return None
+
+    def stamp(self) -> str:
+        return str(getattr(self.data, "_fingerprint", ""))
+
+
+def _cells(column: Any) -> list[Any]:
+    """One value per row: bytes where the bytes are in the file, otherwise the {"path"} of them."""
+    import pyarrow as pa
+
+    if not pa.types.is_struct(column.type):
+        return column.to_pylist()
+    column = column.combine_chunks()
+    cells = column.field("bytes").to_pylist()
+    if None in cells:
+        cells = [c if c is not None else row.as_py() for c, row in zip(cells, column)]
+    return cells
+
+
+def _cell_bytes(cell: Any, folder: Path | None, *, trusted: bool) -> Any:
+    """Encoded bytes of one cell: {"bytes", "path"}, bytes, or what `datasets` decoded already."""
+    if cell is None:
+        raise Unreadable("no image in this row")
+    data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
+    if data is not None:
+        if isinstance(data, bytes) and len(data) > MAX_FILE_BYTES:
+            raise Unreadable(f"larger than {MAX_FILE_BYTES >> 20} MiB")
+        return data
+    if not path:
+        raise Unreadable("no image in this row")
+    file = Path(path) if folder is None else folder / path
+    if not trusted and folder is not None and not file.resolve().is_relative_to(folder.resolve()):
+        raise Unreadable("its path leads out of the dataset's folder")
+    if file.stat().st_size > MAX_FILE_BYTES:
+        raise Unreadable(f"larger than {MAX_FILE_BYTES >> 20} MiB")
+    return file.read_bytes()
+
+
+def _source(
+    name: str, readers: dict[str, Any], names: dict[str, list[str]], raw: dict[str, list[Any]],
+    class_names: list[str] | None, warnings: list[str],
+) -> Source:  # fmt: skip
+    """Labels of any kind to 0..num_classes-1, and rows without one out."""
+    values = {s: [_label_value(v) for v in column] for s, column in raw.items()}
+    if class_names is None:
+        seen = {v for column in values.values() for v in column if v is not None}
+        kinds = {type(v) for v in seen}
+        if not seen or len(kinds) > 1:
+            got = " and ".join(sorted(k.__name__ for k in kinds)) or "none"
+            raise DataError(f"{name}: labels must be all whole numbers or all text, got {got}")
+        ordered = sorted(seen)
+        class_names, index = [printable(str(v)) for v in ordered], {v: k for k, v in enumerate(ordered)}
+    else:
+        index = {k: k for k in range(len(class_names))} | {n: k for k, n in enumerate(class_names)}
+    items, skipped = {}, []
+    for split, column in values.items():
+        labels = np.asarray([-1 if v is None else index.get(v, -1) for v in column], np.int64)
+        rows = np.flatnonzero(labels >= 0)
+        if not len(rows):
+            if split == "train":
+                raise DataError(f"{name}: train has no labelled rows")
+            warnings.append(f"{split} has no labels and was not used")
+            continue
+        skipped += [(names[split][i], "no valid label") for i in np.flatnonzero(labels < 0).tolist()]
+        items[split] = Items(readers[split], rows, labels[rows], [names[split][i] for i in rows.tolist()])
+    return Source(name, items, class_names, warnings, skipped)
+
+
+def _label_value(v: Any) -> int | str | None:
+    """None for no label: null, NaN, or the -1 of hidden test labels."""
+    if isinstance(v, (bool, int)):
+        return int(v) if v >= 0 else None
+    if isinstance(v, float):
+        return int(v) if v >= 0 and v == int(v) else None
+    return v if isinstance(v, str) and v else None
+
+
+def _columns(where: str, names: list[str], types: dict[str, str], features: dict[str, Any]) -> tuple[str, str]:
+    """The image and the label column."""
+    kinds = {n: features[n].get("_type") for n in names if isinstance(features.get(n), dict)}
+    images = [n for n in names if kinds.get(n) == "Image"]
+    raw = [n for n in names if "bytes: binary" in types[n] or types[n] in ("binary", "large_binary")]
+    images += [n for n in raw if n not in images]
+    images.sort(key=lambda n: _IMAGES.index(n) if n in _IMAGES else len(_IMAGES))
+    plain = ("int", "string", "Value", "ClassLabel", "dictionary", "uint", "bool", "large_string")
+    labels = [n for n in names if kinds.get(n) == "ClassLabel"]
+    labels += [n for n in _LABELS if n in names and n not in labels and types[n].startswith(plain)]
+    labels.sort(key=lambda n: _LABELS.index(n) if n in _LABELS else len(_LABELS))
+    have = ", ".join(names)
+    if not images:
+        raise DataError(f"{where} has no image column (expected 'image', a struct of bytes and path); columns: {have}")
+    if not labels:
+        raise DataError(f"{where} has no label column (expected 'label', whole numbers or text); columns: {have}")
+    return images[0], labels[0]
+
+
+def _features(metadata: dict[bytes, bytes] | None) -> dict[str, Any]:
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, ValueError, TypeError):
+        return {}
+    return features if isinstance(features, dict) else {}
+
+
+def _class_names(features: dict[str, Any], label: str) -> list[str] | None:
+    feature = features.get(label)
+    names = feature.get("names") if isinstance(feature, dict) else None
+    if isinstance(names, dict):  # older files: {"0": "cat", ...}
+        names = [names[k] for k in sorted(names, key=int)]
+    return [printable(str(n)) for n in names] if names else None
+
+
+def _split_of(path: Path, root: Path) -> str:
+    word = re.match(r"[A-Za-z]+", path.stem)
+    if word and word[0].lower() in SPLITS:
+        return SPLITS[word[0].lower()]
+    folder = path.parent.name.lower() if path.parent != root else ""
+    return SPLITS.get(folder, "train")
+
+
+def _missing_shards(paths: list[Path]) -> list[str]:
+    totals = Counter(m[2] for p in paths if (m := _SHARD.search(p.stem)))
+    split = paths[0].stem.split("-")[0]
+    return [f"only {k} of {int(t)} parquet files of {split} are there" for t, k in totals.items() if k < int(t)]
+
+
+def _line(e: BaseException) -> str:
+    return f"{type(e).__name__}: {str(e).strip().splitlines()[0][:200] if str(e).strip() else ''}"
