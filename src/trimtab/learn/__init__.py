@@ -1,0 +1,66 @@
+"""How weights are learned: the one training loop `fit`, its objectives, and the small parts that methods share.
+
+The methods themselves live in the rooms of their families (``distill``, ``pretrain``, ...) and are imported when they
+are first used; so are timm, Accelerate and torchmetrics.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from trimtab.learn.convert import convert
+from trimtab.learn.evaluate import evaluate, logits
+from trimtab.learn.fit import Diverged, FitResult, fit
+from trimtab.learn.frozen import Frozen, snapshot
+from trimtab.learn.losses import kl, soft_ce
+from trimtab.learn.mix import Mixer, Mixup
+from trimtab.learn.norm import bn_frozen, bn_recalibrate
+from trimtab.learn.objective import Batch, Classify, Context, Objective, backward_all
+from trimtab.learn.optim import make_optimizer, param_groups
+from trimtab.learn.schedule import Schedule
+from trimtab.learn.settings import Settings
+from trimtab.learn.stages import Stages, stages
+from trimtab.learn.taps import taps
+
+if TYPE_CHECKING:
+    from trimtab.learn.distill.kd import KD
+
+_METHODS = {"KD": "distill.kd"}
+__all__ = [
+    "fit",
+    "FitResult",
+    "Diverged",
+    "Settings",
+    "Objective",
+    "Classify",
+    "KD",
+    "Context",
+    "Batch",
+    "backward_all",
+    "evaluate",
+    "logits",
+    "Schedule",
+    "Mixer",
+    "Mixup",
+    "param_groups",
+    "make_optimizer",
+    "taps",
+    "stages",
+    "Stages",
+    "Frozen",
+    "snapshot",
+    "convert",
+    "soft_ce",
+    "kl",
+    "bn_frozen",
+    "bn_recalibrate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _METHODS:
+        value = getattr(importlib.import_module(f"{__name__}.{_METHODS[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,171 @@
+"""Evaluation: how good a model is on a split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trimtab.core.errors import DataError
+from trimtab.learn.objective import Batch, Objective
+
+
+def evaluate(
+    model: nn.Module,
+    data: Any,
+    split: str = "test",
+    *,
+    objective: Objective | None = None,
+    batch_size: int = 256,
+    device: torch.device | str | None = None,
+    metrics: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Accuracy and cross-entropy on a split, measured with torchmetrics.
+
+    Args:
+        objective: gives the prediction, where that is more than ``model(image)``.
+        device: where to run; by default where the model is. The model comes back to where it was, in its mode.
+        metrics: more torchmetrics by name, updated with (logits, label).
+
+    Returns:
+        ``{"accuracy", "loss", "n"}`` and the names in `metrics`.
+
+    Raises:
+        DataError: there is no such split, or it is empty.
+    """
+    from torchmetrics import MeanMetric
+    from torchmetrics.classification import MulticlassAccuracy
+
+    loss: Any = MeanMetric(sync_on_compute=False).set_dtype(torch.float64)
+    accuracy: Any = None
+    n = 0
+    for logits, batch in predictions(model, data, split, objective=objective, batch_size=batch_size, device=device):
+        if accuracy is None:
+            accuracy = MulticlassAccuracy(num_classes=logits.shape[1], average="micro", sync_on_compute=False)
+            accuracy, loss = accuracy.to(logits.device), loss.to(logits.device)
+        label = batch["label"]
+        accuracy.update(logits, label)
+        loss.update(F.cross_entropy(logits, label, reduction="none"))
+        for metric in (metrics or {}).values():
+            metric.update(logits, label)
+        n += len(label)
+    if accuracy is None:
+        raise DataError(f"split {split!r} is empty")
+    more = {name: _plain(metric.compute()) for name, metric in (metrics or {}).items()}
+    return {"accuracy": float(accuracy.compute()), "loss": float(loss.compute()), "n": n, **more}
+
+
+def logits(
+    model: nn.Module,
+    data: Any,
+    split: str = "test",
+    *,
+    objective: Objective | None = None,
+    batch_size: int = 256,
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """All logits (N, K) and labels (N,) of a split in its order, on the CPU."""
+    rows = [
+        (out.cpu(), batch["label"].cpu())
+        for out, batch in predictions(model, data, split, objective=objective, batch_size=batch_size, device=device)
+    ]
+    if not rows:
+        raise DataError(f"split {split!r} is empty")
+    return torch.cat([r[0] for r in rows]), torch.cat([r[1] for r in rows])
+
+
+def predictions(
+    model: nn.Module,
+    data: Any,
+    split: str,
+    *,
+    objective: Objective | None = None,
+    batch_size: int = 256,
+    device: torch.device | str | None = None,
+    channels_last: bool = False,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[tuple[Tensor, Batch]]:
+    """The float32 logits (B, K) of each batch of a split, with the batch; no augmentation, no gradient, eval mode."""
+    if split not in data.splits:
+        raise DataError(f"split must be one of {', '.join(data.splits)}, got {split!r}")
+    where = torch.device(device) if device is not None else device_of(model)
+    predict = objective.predict if objective is not None else _predict
+    loader = data.loader(
+        split,
+        batch_size=batch_size,
+        shuffle=False,
+        augment="none",
+        drop_last=False,
+        rank=rank,
+        world=world,
+        device=where,
+    )
+    with evaluating(model, where):
+        for given in loader:
+            batch = Batch(given).to(where)
+            if len(batch["label"]) == 0:  # a rank may get nothing of a short last batch
+                continue
+            if channels_last:
+                batch["image"] = batch["image"].contiguous(memory_format=torch.channels_last)
+            with torch.no_grad():
+                out = predict(model, batch)
+            yield out.float(), batch
+
+
+@contextmanager
+def evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """The model in eval mode on a device; afterwards every submodule is in the mode and place it was in."""
+    modes = [(m, m.training) for m in model.modules()]
+    home = device_of(model)
+    model.eval()
+    if home != device:
+        model.to(device)
+    try:
+        yield
+    finally:
+        if home != device:
+            model.to(home)
+        for m, training in modes:
+            m.training = training
+
+
+class Tally:
+    """Accuracy and loss by counting, for the loop: torchmetrics alone costs seconds to import."""
+
+    def __init__(self) -> None:
+        self.sums: Tensor | None = None  # correct, loss, n
+
+    def update(self, logits: Tensor, label: Tensor) -> None:
+        correct = (logits.argmax(1) == label).sum()
+        loss = F.cross_entropy(logits, label, reduction="sum")
+        sums = torch.stack([correct.double(), loss.double(), torch.full_like(loss, len(label)).double()])
+        self.sums = sums if self.sums is None else self.sums + sums
+
+    def compute(self, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
+        sums = self.sums if self.sums is not None else torch.zeros(3, dtype=torch.float64)
+        correct, loss, n = (sums if reduce is None else reduce(sums)).tolist()
+        if n == 0:
+            raise DataError("the validation split is empty")
+        return {"accuracy": correct / n, "loss": loss / n}
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the first parameter (or buffer) of a model is."""
+    first = next(chain(model.parameters(), model.buffers()), None)
+    return first.device if first is not None else torch.device("cpu")
+
+
+def _predict(model: nn.Module, batch: Batch) -> Tensor:
+    return model(batch["image"])
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.item() if value.numel() == 1 else value.tolist()
+    return {k: _plain(v) for k, v in value.items()} if isinstance(value, dict) else value
