@@ -1,0 +1,1 @@
+"""Layers with at least two users."""
