@@ -1,0 +1,70 @@
+"""What a choice of units costs, in closed form: a few array operations, no model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trimtab.compress.graph.labels import Dim, Labels
+
+if TYPE_CHECKING:
+    from trimtab.compress.graph.walk import Walk
+
+
+class Counter:
+    """Multiply-accumulates and parameters as sums of products of kept sizes."""
+
+    def __init__(self, walk: Walk, unit_of: Labels) -> None:
+        self._arrays: dict[int, int] = {}  # id of a label array -> its number
+        self._units: list[Labels] = []
+        self._unit_of = unit_of
+        parameters = {a.tensor for a in walk.axes if a.parameter}
+        self._macs = self._products([dims for _, dims in walk.products])
+        self._params = self._products([list(dims) for name, dims in walk.shapes.items() if name in parameters])
+        # Parameters without an axis (size 1 everywhere) are counted once.
+        self._rest = 0
+        lengths = [len(u) for u in self._units]
+        self._flat = np.concatenate([*self._units, np.empty(0, np.int64)]).astype(np.int64)
+        self._starts = np.cumsum([0, *lengths[:-1]]) if lengths else np.empty(0, np.int64)
+
+    def macs(self, mask: NDArray[np.bool_]) -> int:
+        return self._sum(self._macs, mask)
+
+    def params(self, mask: NDArray[np.bool_]) -> int:
+        return self._sum(self._params, mask) + self._rest
+
+    def each_macs(self, mask: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """Of every product, in the order of the walk."""
+        return self._each(self._macs, mask)
+
+    def _products(self, products: list[list[Dim]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Constant parts, and numbers of the label arrays of each product, padded with -1."""
+        constants, rows = [], []
+        for dims in products:
+            c, row = 1, []
+            for f in (f for d in dims for f in d):
+                if f.labels is None or not (self._unit_of[f.labels] >= 0).any():
+                    c *= f.size
+                else:
+                    if id(f.labels) not in self._arrays:
+                        self._arrays[id(f.labels)] = len(self._units)
+                        self._units.append(self._unit_of[f.labels])
+                    row.append(self._arrays[id(f.labels)])
+            constants.append(c)
+            rows.append(row)
+        width = max(map(len, rows), default=0)
+        table = np.array([r + [-1] * (width - len(r)) for r in rows], np.int64).reshape(len(rows), width)
+        return np.array(constants, np.int64), table
+
+    def _each(self, products: tuple[NDArray[np.int64], NDArray[np.int64]], mask: NDArray[np.bool_]) -> NDArray[np.int64]:
+        constants, table = products
+        if not len(self._units):
+            return constants
+        stays = np.append(mask, True)[self._flat]
+        sizes = np.append(np.add.reduceat(stays.astype(np.int64), self._starts), 1)
+        return constants * sizes[table].prod(axis=1)
+
+    def _sum(self, products: tuple[NDArray[np.int64], NDArray[np.int64]], mask: NDArray[np.bool_]) -> int:
+        return int(self._each(products, mask).sum())
