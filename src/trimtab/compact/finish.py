@@ -52,7 +52,7 @@ def write(job: Job, model: nn.Module, delivery: Delivery, name: str) -> dict[str
         "seconds": job.journal.used, "fits": verdict.ok, "chosen": True,
     }  # fmt: skip
     run = {
-        "title": f"{name} for {job.data.name}",
+        "title": f"{job.data.name} within {job.budget}",
         "command": command(job.command, job.out),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seconds": round(job.journal.used, 1),
@@ -153,11 +153,13 @@ def _summary(data: Data, d: Delivery, cost: dict[str, Any], accuracy: float, ver
 
 
 def _history(steps: dict[str, Any]) -> list[dict[str, Any]]:
-    rows = []
-    for key in (k for k in steps if k.startswith("history ")):
-        for r in steps[key]:
-            rows.append({"epoch": len(rows) + 1, **{k: r.get(k) for k in ("loss", "val_accuracy", "lr")}})
-    return rows
+    """The long trainings, one after the other; `epoch` starts again with each."""
+    return [
+        {"stage": key.removeprefix("history "), **{k: r.get(k) for k in ("epoch", "loss", "val_accuracy", "lr")}}
+        for key in steps
+        if key.startswith("history ")
+        for r in steps[key]
+    ]
 
 
 def _files(out: Path) -> list[dict[str, Any]]:
