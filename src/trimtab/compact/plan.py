@@ -79,18 +79,10 @@ def candidates(data: Data, budget: Budget, *, most: int = 12) -> list[Candidate]
     """
     bounds = structural(budget)
     found: dict[str, Candidate] = {}
-    for name, kwargs in _elastic(data):
-        candidate = widest(data, bounds, name, kwargs)
-        if candidate is not None:
-            candidate = fill(data, bounds, candidate)
-            found.setdefault(candidate.label, candidate)
-    for name in _fixed(data):
-        candidate = _costed(data, name, {})
-        excess = bounds.check(candidate.cost).excess
-        if excess == 0 and _fills(candidate, bounds):
-            found.setdefault(name, candidate)
-        elif 0 < excess <= CUT_AT_MOST - 1:
-            found.setdefault(name, Candidate(name, {}, candidate.cost, cut=True))
+    for candidate in _inside(data, bounds):
+        found.setdefault(candidate.label, candidate)
+        if len(found) == most:
+            break
     if not found:
         smallest = min(
             (_costed(data, n, {**k, "width": MIN_WIDTH}) for n, k in _elastic(data)), key=lambda c: c.cost["params"]
@@ -99,7 +91,22 @@ def candidates(data: Data, budget: Budget, *, most: int = 12) -> list[Candidate]
             f"no network fits {str(budget)!r}; the smallest one tried, {smallest.label}, misses it: "
             + bounds.check(smallest.cost).explain()
         )
-    return list(found.values())[:most]
+    return list(found.values())
+
+
+def _inside(data: Data, bounds: Budget) -> Iterator[Candidate]:
+    """Candidates as they are found; each takes a few counts, so later ones are only looked at when wanted."""
+    for name, kwargs in _elastic(data):
+        elastic = widest(data, bounds, name, kwargs)
+        if elastic is not None:
+            yield fill(data, bounds, elastic)
+    for name in _fixed(data):
+        fixed = _costed(data, name, {})
+        excess = bounds.check(fixed.cost).excess
+        if excess == 0 and _fills(fixed, bounds):
+            yield fixed
+        elif 0 < excess <= CUT_AT_MOST - 1:
+            yield Candidate(name, {}, fixed.cost, cut=True)
 
 
 def widest(data: Data, bounds: Budget, name: str, kwargs: dict[str, Any]) -> Candidate | None:
