@@ -1,0 +1,295 @@
+"""What arguments mean: a model is an artifact, an ONNX file or a name; budgets, sizes and times are read at the door.
+
+Whatever is wrong with an argument is wrong use: `typer.BadParameter`, exit code 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from trimtab.cli.session import plain
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from trimtab.core.artifact import InputSpec
+    from trimtab.core.budget import Budget
+    from trimtab.core.cost import Cost
+    from trimtab.data import Data
+
+HUB = ("hf-hub:", "hf_hub:")
+
+
+def kind_of(model: str) -> str:
+    """What a model argument is: "artifact", "onnx" or "name"."""
+    path = Path(model)
+    if path.is_dir():
+        folder_of(model)
+        return "artifact"
+    if path.suffix == ".onnx":
+        if not path.is_file():
+            raise typer.BadParameter(f"there is no file {model}")
+        return "onnx"
+    if path.suffix in (".pt", ".pth", ".safetensors") or ("/" in model and not model.startswith(HUB)):
+        raise typer.BadParameter(f"{model} is neither an artifact folder, nor an .onnx file, nor a model name")
+    return "name"
+
+
+def folder_of(model: str) -> Path:
+    """The artifact in a folder: the folder itself, or ``model/`` in the folder of a finished run."""
+    for path in (Path(model), Path(model) / "model"):
+        if (path / "trimtab.json").is_file():
+            return path
+    raise typer.BadParameter(f"{model} is a folder without trimtab.json, so it is not an artifact")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """An artifact that was opened."""
+
+    path: str
+    model: nn.Module
+    spec: InputSpec | None
+    labels: list[str] | None
+
+    def load_data(self, source: str, seed: int) -> Data:
+        """Data as the model was trained to see them: its size, channels, mean and standard deviation.
+
+        Raises:
+            ValueError: the classes are not the model's.
+        """
+        from trimtab.data import Data, load_data
+
+        if self.spec is None:
+            loaded = load_data(source, seed=seed)
+        else:
+            channels, height, width = self.spec.size
+            loaded = load_data(source, image_size=(height, width), in_chans=channels, seed=seed)
+        if self.labels is not None and loaded.class_names != self.labels:
+            ours, theirs = (", ".join(names[:6]) for names in (self.labels, loaded.class_names))
+            raise ValueError(f"{self.path} knows the classes {ours}; the data have {theirs}")
+        if self.spec is None:
+            return loaded
+        return Data(
+            loaded.name,
+            loaded.splits,
+            loaded.class_names,
+            mean=self.spec.mean,
+            std=self.spec.std,
+            warnings=loaded.warnings,
+            skipped=loaded.skipped,
+        )
+
+
+def artifact(model: str) -> Kept:
+    """Open an artifact."""
+    if kind_of(model) != "artifact":
+        raise typer.BadParameter(f"{model} must be an artifact: a folder that trimtab wrote, with trimtab.json")
+    from trimtab.core.artifact import read_manifest
+    from trimtab.models import load
+
+    folder = folder_of(model)
+    manifest = read_manifest(folder)
+    return Kept(model, load(folder), manifest.input_spec, manifest.labels)
+
+
+def by_name(name: str, **kwargs: Any) -> nn.Module:
+    """A fresh model from the registry."""
+    from trimtab.models import create_model, list_models
+
+    known = list_models()
+    bare = name.split(".")[0]
+    if bare not in known and not name.startswith(HUB):
+        raise typer.BadParameter(f"no model is called {name!r}{near(bare, known)}")
+    return create_model(name, **kwargs)
+
+
+def model_and_data(
+    model: str, source: str, *, size: int | None = None, weights: Path | None, pretrained: bool, seed: int
+) -> tuple[nn.Module, Data]:
+    """What to train, and on what: an artifact with data in its shape, or a model made for the data."""
+    if kind_of(model) == "artifact":
+        if size or weights or pretrained:
+            raise typer.BadParameter("an artifact has its own size and weights; drop --size, --weights, --pretrained")
+        kept = artifact(model)
+        return kept.model, kept.load_data(source, seed)
+    if weights and pretrained:
+        raise typer.BadParameter("give --weights or --pretrained, not both")
+    from trimtab.data import load_data
+
+    loaded = load_data(source, image_size=size, seed=seed)
+    shape = {"num_classes": loaded.num_classes, "in_chans": loaded.in_chans, "img_size": loaded.size}
+    return by_name(model, **shape, weights=weights, pretrained=pretrained, seed=seed), loaded
+
+
+def cost_of(net: nn.Module, data: Data) -> dict[str, Any]:
+    """Cost of one image of the data, without the layers."""
+    from trimtab import measure as measure_model
+
+    return {k: v for k, v in measure_model(net, data.spec.size).asdict().items() if k != "layers"}
+
+
+def keep(net: nn.Module, data: Data, out: Path, step: str, **how: Any) -> dict[str, Any]:
+    """Test, measure and save a model; gives what is to be said about it."""
+    import trimtab as tt
+    from trimtab.core import host
+
+    metrics = tt.evaluate(net, data, "test")
+    cost = cost_of(net, data)
+    provenance = {"step": step, **how, "data": data.name, "machine": host.machine(), "versions": host.versions()}
+    path = tt.save(
+        net, out, spec=data.spec, labels=data.class_names, cost=cost, metrics=metrics, provenance=plain(provenance)
+    )
+    return {"model": str(path), "cost": cost, "accuracy": metrics["accuracy"], "images": metrics["n"]}
+
+
+def measured(
+    model: str,
+    size: tuple[int, int, int] | None,
+    *,
+    what: Sequence[str],
+    per_layer: bool,
+    threads: int,
+    num_classes: int | None,
+) -> Cost:
+    """The cost of whatever `model` is."""
+    kind = kind_of(model)
+    if num_classes is not None and kind != "name":
+        raise typer.BadParameter(f"--num-classes is for registry names; {model} has its own classes")
+    if kind == "onnx":
+        from trimtab.core.cost import measure_onnx
+
+        return measure_onnx(model, what=what, per_layer=per_layer, threads=threads, input_size=size)
+    from trimtab.core.cost import measure as measure_model
+
+    if kind == "artifact":
+        kept = artifact(model)
+        net, size = kept.model, size or (kept.spec.size if kept.spec else None)
+        if size is None:
+            raise typer.BadParameter(f"{model} does not say what input it takes; give --input C,H,W")
+    else:
+        kwargs: dict[str, Any] = {"in_chans": size[0], "img_size": size[1:]} if size else {}
+        net = by_name(model, num_classes=num_classes, **kwargs)
+        size = size or _usual_input(net)
+    return measure_model(net, size, what=what, per_layer=per_layer, threads=threads)
+
+
+def _usual_input(net: nn.Module) -> tuple[int, int, int]:
+    """What a registry model is usually given (timm keeps it with the weights)."""
+    config = getattr(net, "pretrained_cfg", None) or getattr(net, "default_cfg", None) or {}
+    usual = config.get("input_size") if hasattr(config, "get") else None
+    return tuple(usual) if usual else (3, 224, 224)
+
+
+def predicted(model: str, files: list[Path], top: int) -> list[dict[str, Any]]:
+    """The `top` labels of every image, with confidences."""
+    kind = kind_of(model)
+    if kind == "name":
+        raise typer.BadParameter(f"{model} must be an artifact folder or an .onnx file: a bare name knows no weights")
+    if kind == "onnx":
+        from trimtab.deploy import OnnxModel
+
+        found = OnnxModel(model).predict(files)
+        ranked = [list(p.top) for p in found]
+    else:
+        ranked = _predicted_by_artifact(model, files)
+    answers = []
+    for file, pairs in zip(files, ranked, strict=True):
+        best = [{"label": label, "confidence": float(p)} for label, p in pairs[:top]]
+        answers.append({"image": str(file), **best[0], **({"top": best} if top > 1 else {})})
+    return answers
+
+
+def _predicted_by_artifact(model: str, files: list[Path]) -> list[list[tuple[str, float]]]:
+    import torch
+
+    from trimtab.data import preprocess
+
+    kept = artifact(model)
+    spec, labels = kept.spec, kept.labels
+    if spec is None:
+        raise ValueError(f"{model} does not say what input it takes, so images cannot be prepared for it")
+    ranked = []
+    with torch.inference_mode():
+        for file in files:
+            x = torch.from_numpy(preprocess(file, spec)).unsqueeze(0)  # (1, C, H, W)
+            p = kept.model(x).float().softmax(-1)[0]
+            order = p.argsort(descending=True).tolist()
+            ranked.append([(labels[i] if labels else str(i), float(p[i])) for i in order])
+    return ranked
+
+
+def image_files(paths: Sequence[Path]) -> list[Path]:
+    """The files named, and those in the folders named."""
+    known = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+    files: list[Path] = []
+    for path in paths:
+        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in known) if path.is_dir() else [path]
+        if not inside:
+            raise typer.BadParameter(f"no images in {path}")
+        files += inside
+    return files
+
+
+def one_data(argument: str | None, option: str | None) -> str:
+    """The data, given as DATA or as ``--data``."""
+    if argument is not None and option is not None:
+        raise typer.BadParameter("give the data once, as DATA or as --data")
+    return argument or option or "digits"
+
+
+def budget_of(text: str | None) -> Budget | None:
+    """A budget, read at the door: a wrong one is wrong use."""
+    if text is None:
+        return None
+    from trimtab.core.budget import Budget
+
+    try:
+        return Budget(text)
+    except ValueError as e:
+        raise typer.BadParameter(str(e)) from None
+
+
+def size_of(text: str) -> tuple[int, int, int]:
+    """``3,224,224`` or ``3x224x224`` or ``224`` (then three channels).
+
+    >>> size_of("1,28,28"), size_of("224")
+    ((1, 28, 28), (3, 224, 224))
+    """
+    try:
+        numbers = [int(part) for part in text.replace("x", ",").split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) == 1:
+        numbers = [3, numbers[0], numbers[0]]
+    if len(numbers) != 3 or min(numbers) < 1:
+        raise typer.BadParameter(f"--input must be C,H,W, such as 3,224,224, got {text!r}")
+    return numbers[0], numbers[1], numbers[2]
+
+
+def seconds_of(text: str) -> float:
+    """``90s``, ``10m``, ``2h`` or plain seconds.
+
+    >>> seconds_of("90s"), seconds_of("1.5m"), seconds_of("20")
+    (90.0, 90.0, 20.0)
+    """
+    unit = {"s": 1, "m": 60, "h": 3600}.get(text[-1:])
+    try:
+        value = float(text[:-1]) * unit if unit else float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise typer.BadParameter(f"a time must be like 90s, 10m or 2h, got {text!r}")
+    return value
+
+
+def near(name: str, known: Collection[str]) -> str:
+    """A question about names that are alike, to end an error with; empty when there are none."""
+    close = difflib.get_close_matches(name, list(known), n=3)
+    return f"; did you mean {' or '.join(close)}?" if close else ""

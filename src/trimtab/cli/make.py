@@ -1,0 +1,170 @@
+"""Commands that make a model: compact, train, compress, run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trimtab.cli import arguments, say
+from trimtab.cli.app import app
+from trimtab.cli.session import emit, exit_on_budget
+from trimtab.core import log
+
+Budget_ = Annotated[str | None, typer.Option(help='Bounds to meet, such as "params<=100k, size<=96KB, latency<=5ms".')]
+Seed = Annotated[int, typer.Option(help="Same seed, same result.")]
+Data_ = Annotated[str | None, typer.Argument(metavar="DATA", help="A folder of class folders, a data set, or digits.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start over instead of going on with what is in --out.")]
+DataOption = Annotated[str | None, typer.Option("--data", help="The same as DATA.")]
+
+
+@app.command()
+def compact(
+    data: Data_ = None,
+    data_option: DataOption = None,
+    model: Annotated[str | None, typer.Option(help="Start from this model (artifact or registry name).")] = None,
+    budget: Budget_ = None,
+    time: Annotated[str, typer.Option(help="How long it may take, such as 90s, 10m or 2h.")] = "60s",
+    out: Annotated[Path, typer.Option(help="Folder for the model, ONNX, report and run.json.")] = Path("trimtab-out"),
+    seed: Seed = 0,
+    fresh: Fresh = False,
+) -> None:
+    """Find the best compact model for your data inside a budget.
+
+    Writes the model, an ONNX file, a report to open in a browser, and run.json. Interrupted, the same command goes on
+    where it was. Exits with 1 when the budget could not be met; the best model found is written all the same.
+
+    \b
+    Examples:
+      trimtab compact
+      trimtab compact photos/ --budget "params<=100k, size<=96KB" --time 10m
+      trimtab compact photos/ --model mobilenetv3_small_100 --budget "macs<=50%"
+    """
+    arguments.budget_of(budget)
+    arguments.seconds_of(time)
+    source = arguments.one_data(data, data_option)
+    from trimtab.compact import compact as run_compact
+
+    result = run_compact(source, model=model, budget=budget, time=time, out=out, seed=seed, fresh=fresh)
+    emit(result, lambda: say.run(result, out))
+    exit_on_budget(result.get("budget"))
+
+
+@app.command()
+def train(
+    data: Data_ = None,
+    data_option: DataOption = None,
+    model: Annotated[str, typer.Option(help="Registry name, or an artifact to train on.")] = "resnet8_mlperf_tiny",
+    out: Annotated[Path, typer.Option(help="Folder for the trained model.")] = Path("trimtab-trained"),
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Passes over the data (10 when --time is not given).")
+    ] = None,
+    time: Annotated[str | None, typer.Option(help="Train for so long instead, such as 90s or 10m.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per step.")] = 128,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate; by default the optimizer's usual one.")] = None,
+    opt: Annotated[str, typer.Option(help="Optimizer, by timm's name.")] = "sgd",
+    size: Annotated[int | None, typer.Option(min=1, help="Image size in pixels; by default that of the data.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Artifact to distil from.")] = None,
+    weights: Annotated[Path | None, typer.Option(exists=True, help="Weights to start from (safetensors).")] = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Start from timm's weights (a download).")] = False,
+    seed: Seed = 0,
+    fresh: Fresh = False,
+) -> None:
+    """Train a model on your data and keep it as an artifact.
+
+    Started again after an interruption, it goes on where it stopped, to the same result.
+
+    \b
+    Examples:
+      trimtab train digits --model resnet8_mlperf_tiny --epochs 20 --out small/
+      trimtab train photos/ --model mobilenetv3_small_100 --time 10m --opt adamw
+      trimtab train photos/ --model resnet8_mlperf_tiny --teacher big/
+    """
+    if epochs is not None and time is not None:
+        raise typer.BadParameter("give --epochs or --time, not both")
+    limit = None if time is None else arguments.seconds_of(time)
+    source = arguments.one_data(data, data_option)
+    import trimtab as tt
+    from trimtab.learn import KD
+
+    net, loaded = arguments.model_and_data(model, source, size=size, weights=weights, pretrained=pretrained, seed=seed)
+    objective = KD(arguments.artifact(teacher).model) if teacher else None
+    fitted = tt.fit(
+        net,
+        loaded,
+        objective,
+        epochs=None if limit else epochs or 10,
+        time_limit=limit,
+        batch_size=batch_size,
+        lr=lr,
+        opt=opt,
+        seed=seed,
+        out=out / "training",
+        resume=not fresh,
+        progress=log.progress_wanted(),
+    )
+    result = arguments.keep(fitted.model, loaded, out, "train", seed=seed)
+    result |= {"seconds": fitted.seconds, "stopped": fitted.stopped}
+    emit(result, lambda: say.result(result))
+
+
+@app.command()
+def compress(
+    model: Annotated[str, typer.Argument(help="The artifact to make smaller.")],
+    data: Annotated[str, typer.Option(help="Data to measure on, and to train on afterwards.")] = "digits",
+    budget: Annotated[str, typer.Option(help="What to reach; percent refer to the model as it is.")] = "macs<=50%",
+    method: Annotated[str, typer.Option(help="Which compression, by its name in trimtab.compress.")] = "magnitude",
+    out: Annotated[Path, typer.Option(help="Folder for the smaller model.")] = Path("trimtab-compressed"),
+    epochs: Annotated[int, typer.Option(min=0, help="Passes of training afterwards; 0 for none.")] = 5,
+    seed: Seed = 0,
+    fresh: Fresh = False,
+) -> None:
+    """Make a trained model smaller: surgery, then some training to recover.
+
+    \b
+    Examples:
+      trimtab compress big/ --budget "macs<=50%" --out small/
+      trimtab compress big/ --data photos/ --budget "params<=100k" --epochs 20
+    """
+    import trimtab as tt
+
+    arguments.budget_of(budget)
+    known = [name for name in tt.compress.__all__ if name.islower()]
+    if method not in known:
+        raise typer.BadParameter(f"--method must be one of {', '.join(known)}, got {method!r}")
+    kept = arguments.artifact(model)
+    loaded = kept.load_data(data, seed)
+    before = {"cost": arguments.cost_of(kept.model, loaded), "accuracy": tt.evaluate(kept.model, loaded)["accuracy"]}
+    small = getattr(tt.compress, method)(kept.model, loaded, budget=budget)
+    if epochs:
+        bars = log.progress_wanted()
+        small = tt.fit(
+            small, loaded, epochs=epochs, seed=seed, out=out / "training", resume=not fresh, progress=bars
+        ).model
+    result = arguments.keep(small, loaded, out, "compress", seed=seed, source=model, method=method, budget=budget)
+    result["before"] = before
+    emit(result, lambda: say.result(result))
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A recipe in YAML.")],
+) -> None:
+    """Carry out a recipe: phases of training and surgery, written in YAML.
+
+    \b
+    Examples:
+      trimtab run recipe.yaml
+      trimtab run recipe.yaml --json
+    """
+    from trimtab.compact.recipe import RecipeError, read
+    from trimtab.compact.recipe import run as run_recipe
+
+    try:
+        read(recipe)
+    except RecipeError as e:
+        raise typer.BadParameter(str(e)) from None
+    result = run_recipe(recipe)
+    emit(result, lambda: say.recipe(result))
+    exit_on_budget(result["budget"])

@@ -1,0 +1,141 @@
+"""Results in words, for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trimtab.core.cost import Cost
+
+
+def words(name: str, value: Any) -> str:
+    from trimtab.report.words import quantity
+
+    return quantity(name, value)
+
+
+def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], empty: str) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    if not rows:
+        print(empty)
+        return
+    console = Console()
+    if not console.is_terminal:  # a pipe gets every character, in columns
+        widths = [max(len(head), *(len(str(r[key])) for r in rows)) for key, head in columns.items()]
+        print("  ".join(head.ljust(w) for head, w in zip(columns.values(), widths, strict=True)).rstrip())
+        for r in rows:
+            print("  ".join(str(r[key]).ljust(w) for key, w in zip(columns, widths, strict=True)).rstrip())
+        return
+    table = Table(box=box.SIMPLE_HEAD)
+    for head in columns.values():
+        table.add_column(head, overflow="fold")
+    for r in rows:
+        table.add_row(*(str(r[key]) for key in columns))
+    console.print(table, markup=False)
+
+
+def pairs(value: Mapping[str, Any]) -> None:
+    shown = {k: v for k, v in value.items() if v is not None}
+    width = max(len(k) for k in shown)
+    for k, v in shown.items():
+        print(f"{k.replace('_', ' '):{width}}  {words(k, v) if isinstance(v, float | int) and k in UNITS else v}")
+
+
+UNITS = ("params", "macs", "activations", "size", "memory", "latency", "latency_iqr", "energy", "bops", "accuracy")
+
+
+def cost(model: str, cost: Cost, per_layer: bool, verdict: Any, plot: Path | None) -> None:
+    print(model)
+    for name in UNITS:
+        value = getattr(cost, name, None)
+        if value is not None:
+            unit = "latency" if name == "latency_iqr" else name
+            print(f"  {name.replace('_', ' '):12}{words(unit, value)}")
+    if per_layer:
+        rows = [
+            {"name": layer.name, "kind": layer.kind}
+            | {k: words(k, getattr(layer, k)) for k in ("params", "macs", "activations", "size")}
+            for layer in cost.layers
+        ]
+        columns = {"name": "layer", "kind": "kind", "params": "params", "macs": "MACs", "activations": "activations"}
+        print()
+        table(rows, columns | {"size": "size"}, "no layers")
+    if verdict:
+        print(verdict.explain())
+    if plot:
+        print(f"plot: {plot}")
+
+
+def result(result: Mapping[str, Any]) -> None:
+    before = result.get("before")
+    print(f"model: {result['model']}")
+    rows = {"accuracy": result["accuracy"], **{k: v for k, v in result["cost"].items() if k in UNITS}}
+    was = {"accuracy": before["accuracy"], **before["cost"]} if before else {}
+    for name, value in rows.items():
+        if value is not None:
+            past = f"   (was {words(name, was[name])})" if was.get(name) is not None else ""
+            print(f"  {name:12}{words(name, value)}{past}")
+
+
+def run(run: Mapping[str, Any], out: Path) -> None:
+    result = run.get("result") or {}
+    print(result.get("summary") or run.get("title"))
+    budget(run.get("budget"))
+    named = {file["name"]: file.get("bytes") for file in result.get("files") or []}
+    for name in ("model.onnx", "report.html", "run.json"):
+        if (out / name).is_file():
+            print(f"  {out / name!s:32} {words('size', named.get(name) or (out / name).stat().st_size)}")
+
+
+def recipe(result: Mapping[str, Any]) -> None:
+    for row in result["phases"]:
+        accuracy = next(
+            (f"{k.replace('_', ' ')} {words('accuracy', v)}" for k, v in row.items() if "accuracy" in k), ""
+        )
+        print(f"  {row['phase']:10}{row.get('as') or '':12}{accuracy}")
+    print(f"test accuracy {words('accuracy', result['accuracy'])}")
+    budget(result["budget"])
+    for file in result["files"]:
+        print(f"  {file}")
+
+
+def budget(budget: Mapping[str, Any] | None) -> None:
+    for row in (budget or {}).get("rows", []):
+        print(f"  {'ok  ' if row['ok'] else 'MISS'} {row['text']}: {words(row['name'], row['value'])}")
+
+
+def answers(answers: Sequence[Mapping[str, Any]]) -> None:
+    width = max(len(a["image"]) for a in answers)
+    for a in answers:
+        best = a.get("top") or [a]
+        print(f"{a['image']:{width}}  " + "  ".join(f"{b['label']} {words('accuracy', b['confidence'])}" for b in best))
+
+
+def system(value: Mapping[str, Any], reached: str) -> None:
+    year = f", {value['year']}" if value["year"] else ""
+    paper = f"arXiv {value['arxiv']}{year}" if value["arxiv"] else str(value["year"] or "")
+    print(f"{value['slug']}: {value['title']}" + (f" ({paper})" if paper else ""))
+    print(f"{value['kind']} for {', '.join(value['tasks'])}, in {value['module']}; evidence level {reached}\n")
+    print(value["about"])
+    if value["use"]:
+        more = f"\n  ... and {len(value['use']) - 5} more, see --json" if len(value["use"]) > 5 else ""
+        print("\nUse\n  " + "\n  ".join(value["use"][:5]) + more)
+    seen = {c["id"]: c for c in (value["evidence"] or {}).get("claims", [])}
+    print("\nClaims")
+    for claim in value["claims"]:
+        print(f"  {claim['id']}: {claim['says']}")
+        got = seen.get(claim["id"])
+        if got is None:
+            print("    not measured yet")
+            continue
+        print(f"    {'holds' if got['holds'] else 'DOES NOT HOLD'}: {json.dumps(got['measured'], ensure_ascii=False)}")
+        if got.get("baseline"):
+            print(f"    baseline: {json.dumps(got['baseline'], ensure_ascii=False)}")
+        if got.get("note"):
+            print(f"    {got['note']}")
