@@ -45,7 +45,7 @@ class Pictures(Dataset):
 def torchvision_loader(data: Data, workers: int, pil: bool) -> Callable[[], int]:
     """One epoch per call. pil False: v2 transforms on tensors, torchvision's own faster way."""
     split = data.splits["train"]
-    pixels = split.images.numpy()
+    pixels = split.pixels(torch.arange(len(split))).numpy()
     images = np.ascontiguousarray(pixels.transpose(0, 2, 3, 1)) if pil else pixels
     first = [v2.ToImage()] if pil else []
     side = data.size[0]

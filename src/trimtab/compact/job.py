@@ -206,7 +206,7 @@ class Job:
         images = len(self.data.splits["train"])
         share = SEARCH_SHARE * self.journal.limit
         least = search.least_seconds(images, self.settings.speed, share)
-        rungs = [search.Rung(*r) for r in self.journal.once(
+        rungs = [search.Rung(int(r[0]), r[1]) for r in self.journal.once(
             "rungs", lambda: [[r.count, r.seconds] for r in search.schedule(share, len(candidates), least=least)]
         )]  # fmt: skip
         log.info("search: %s", search.rungs_text(rungs))
@@ -233,6 +233,7 @@ class Job:
         accuracy = evaluate(model, self.data, "val")["accuracy"]
         artifact.save(model, path, spec=self.data.spec, labels=self.data.class_names)
         cost = measure(model, (self.data.in_chans, *self.data.size), what=("params", "macs"))
+        assert cost.params is not None
         row = finish.brief(cost, accuracy) | {"size": candidate.cost["size"] * cost.params / candidate.cost["params"]}
         self._tried(candidate.label, f"round {rung + 1}", row, self.journal.used - start, fits=True)
         return row

@@ -207,8 +207,8 @@ def _costed(data: Data, name: str, kwargs: dict[str, Any]) -> Candidate:
         model = candidate.build(data)
     cost = measure(model, (data.in_chans, *data.size), what=COUNTED)
     counts: dict[str, float] = {k: getattr(cost, k) for k in COUNTED}
-    heavy = [m for m in model.modules() if isinstance(getattr(m, "weight", None), torch.Tensor) and m.weight.dim() > 1]
-    channels = sum(m.weight.shape[0] for m in heavy)
+    heavy = [p for p in model.parameters() if p.dim() > 1]  # one per product
+    channels = sum(p.shape[0] for p in heavy)
     for bits in (8, 32):
         counts[f"size_{bits}"] = estimated_size(counts, layers=len(heavy), channels=channels, bits=bits)
     counts["size"] = counts["size_8"]

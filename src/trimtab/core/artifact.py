@@ -73,7 +73,7 @@ class Manifest(BaseModel):
     """The content of `trimtab.json`."""
 
     model_config = ConfigDict(extra="forbid")
-    schema_version: Literal[1] = SCHEMA
+    schema_version: Literal[1] = 1
     base: str | None = None
     kwargs: dict[str, Any] = Field(default_factory=dict)
     cls: str | None = None

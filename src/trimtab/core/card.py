@@ -87,9 +87,11 @@ def _cards(path: Path) -> Iterator[Card]:
     if "CARD" not in text:
         return
     for node in ast.parse(text).body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-        if isinstance(target, ast.Name) and target.id == "CARD" and isinstance(getattr(node, "value", None), ast.Call):
-            yield _literal(node.value, path)  # type: ignore[union-attr]
+        if not isinstance(node, ast.Assign | ast.AnnAssign) or not isinstance(node.value, ast.Call):
+            continue
+        target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+        if isinstance(target, ast.Name) and target.id == "CARD":
+            yield _literal(node.value, path)
 
 
 def _literal(node: ast.AST, path: Path) -> Any:

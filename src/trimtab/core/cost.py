@@ -1,13 +1,13 @@
 """What a model costs: parameters, multiply-accumulates, activations, bytes, memory, latency, energy.
 
-Everything is counted at the level of operators, never by module type, so any `nn.Module` is counted: a copy of the model
-without data (on the meta device) is run once, every operator that reaches PyTorch's dispatcher is seen, and the formulas
-of `torch.utils.flop_counter` say what it costs. Paper-scale models need no memory, and the model itself is never run,
-except for latency.
+Everything is counted at the level of operators, never by module type, so any `nn.Module` is counted: a copy of the
+model without data (on the meta device) is run once, every operator that reaches PyTorch's dispatcher is seen, and the
+formulas of `torch.utils.flop_counter` say what it costs. Paper-scale models need no memory, and the model itself is
+never run: latency, too, is that of a copy which shares its weights.
 
 A module may say more about itself than its tensors show:
 
-- `stored_bytes()` -> int: bytes that the module and everything below it occupies when stored (packed codes, sparse ...);
+- `stored_bytes()` -> int: bytes that the module and all below it occupy when stored (packed codes, sparse ...);
 - `stored_params()` -> int: how many weights it holds, where they are packed in buffers;
 - `weight_bits`, `act_bits`: the precision in which its products are made; used for `bops` and `energy`.
 
@@ -88,7 +88,7 @@ class Cost:
         return out
 
 
-# --------------------------------------------------------------------------------------------------------------- formulas
+# ------------------------------------------------------------------------------------------------------------- formulas
 # Products that torch's registry does not know. Each takes the arguments of the operator and gives MACs.
 
 
@@ -116,9 +116,9 @@ MAC_FORMULAS: dict[str, Callable[..., int]] = {
     "aten::_sparse_mm": _sparse_mm,
     "aten::_sparse_addmm": lambda bias, a, b, *_, **__: _sparse_mm(a, b),
     "aten::_trilinear": lambda a, b, c, *_, **__: math.prod(a.shape) * c.shape[-1] + b.shape[0] * a.shape[0],
-    "torchvision::deform_conv2d": lambda x, w, *_, _out=None, **__: _out.shape[0]
-    * math.prod(_out.shape[2:])
-    * math.prod(w.shape),
+    "torchvision::deform_conv2d": lambda x, w, *_, _out=None, **__: (
+        _out.shape[0] * math.prod(_out.shape[2:]) * math.prod(w.shape)
+    ),
 }
 _NEEDS_OUT = {"torchvision::deform_conv2d"}
 _FOLDED = ("aten::native_batch_norm", "aten::_native_batch_norm_legit_no_training", "aten::cudnn_batch_norm")
@@ -138,7 +138,7 @@ def _macs(func: Any, args: tuple, kwargs: dict, out: Any) -> int | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------------------------------ trace
+# ---------------------------------------------------------------------------------------------------------------- trace
 
 
 @dataclass
@@ -242,11 +242,14 @@ class _Tracer(TorchDispatchMode):
     def peak(self, outputs: Any) -> int:
         outs = {k for t in tree_leaves(outputs) if isinstance(t, Tensor) and (k := _key(t)) in self.sizes}
         read = {k for s in self.steps for k in s.reads} | outs
-        steps = [Step(s.reads, tuple(k for j, k in enumerate(s.writes) if j == 0 or k in read), s.in_place) for s in self.steps]
+        steps = [
+            Step(s.reads, tuple(k for j, k in enumerate(s.writes) if j == 0 or k in read), s.in_place)
+            for s in self.steps
+        ]
         return peak(steps, self.sizes, inputs=self.inputs, outputs=outs)
 
 
-# ------------------------------------------------------------------------------------------------------------------ copies
+# --------------------------------------------------------------------------------------------------------------- copies
 
 
 def _on_meta(t: Tensor) -> Tensor:
@@ -281,7 +284,7 @@ def _loose(module: nn.Module) -> Iterator[Tensor]:
 
 def _no_lazy(model: nn.Module) -> None:
     for name, t in (*model.named_parameters(), *model.named_buffers()):
-        if isinstance(t, nn.parameter.UninitializedTensorMixin):
+        if isinstance(t, nn.parameter.UninitializedParameter | nn.parameter.UninitializedBuffer):
             raise ValueError(f"{name} has no shape yet (a lazy module); run the model once first")
 
 
@@ -388,7 +391,7 @@ def _one_line(e: BaseException) -> str:
     return (str(e).strip().splitlines() or [type(e).__name__])[0]
 
 
-# ----------------------------------------------------------------------------------------------------------------- measure
+# -------------------------------------------------------------------------------------------------------------- measure
 
 
 def _nbytes(t: Tensor) -> int:

@@ -315,9 +315,8 @@ def _module(model: nn.Module, name: str) -> nn.Module:
 def _tensor(model: nn.Module, name: str, dim: int) -> Tensor:
     owner, _, leaf = name.rpartition(".")
     module = _module(model, owner) if owner else model
-    tensor = module._parameters.get(leaf)
-    if tensor is None:
-        tensor = module._buffers.get(leaf)
+    held: dict[str, Tensor | None] = {**module._buffers, **module._parameters}
+    tensor = held.get(leaf)
     if tensor is None:
         raise EditError(f"there is no tensor {name!r}")
     if not 0 <= dim < tensor.dim():
@@ -341,7 +340,8 @@ def _swap(model: nn.Module, old: Tensor, follow: Callable[[Tensor], Tensor], mov
             new.grad = follow(old.grad).contiguous()
         moved.append(_Move(old, new, follow))
     for module in model.modules():
-        for store in (module._parameters, module._buffers):
+        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for store in stores:
             for key, held in store.items():
                 if held is old:
                     store[key] = new
@@ -349,10 +349,9 @@ def _swap(model: nn.Module, old: Tensor, follow: Callable[[Tensor], Tensor], mov
 
 def _build(path: str, kwargs: Mapping[str, Any], *, like: nn.Module, model: nn.Module) -> nn.Module:
     cls = resolve_class(path)
-    example = next(iter(like.parameters()), None)
-    example = example if example is not None else next(iter(model.parameters()), torch.empty(0))
+    device = next((p.device for m in (like, model) for p in m.parameters()), torch.device("cpu"))
     try:
-        with torch.device(example.device):
+        with torch.device(device):
             new = cls(**_tuples(kwargs))
     except Exception as e:
         raise EditError(f"{path} cannot be built from {dict(kwargs)}: {e}") from e

@@ -1,8 +1,8 @@
 """Energy of one inference: an estimate from a published table, and the real thing where the machine can tell.
 
-The table is Horowitz, "Computing's energy problem", ISSCC 2014, 45 nm at 0.9 V, as commonly cited (also Han et al., EIE,
-2016). It is a yardstick for comparing models with one another, not a prediction for any one chip: newer processes need
-several times less, and instruction overhead, leakage and idle time are left out.
+The table is Horowitz, "Computing's energy problem", ISSCC 2014, 45 nm at 0.9 V, as commonly cited (also in Han et al.,
+EIE, 2016). It is a yardstick for comparing models with one another, not a prediction for any one chip: newer processes
+need several times less, and instruction overhead, leakage and idle time are left out.
 
 | operation          | pJ   |   | access                  | pJ per byte |
 |--------------------|------|---|-------------------------|-------------|
@@ -45,8 +45,8 @@ def mac_pj(weight_bits: float, act_bits: float) -> float:
     widths, which is what the table says between 8 and 32 bits (0.2 pJ to 3.1 pJ, about 16 times).
 
     Example:
-        >>> mac_pj(32, 32), mac_pj(16, 16), round(mac_pj(8, 8), 3)
-        (4.6, 1.5, 0.3)
+        >>> [round(mac_pj(bits, bits), 3) for bits in (32, 16, 8)]
+        [4.6, 1.5, 0.3]
     """
     if act_bits > 16:
         return OP_PJ["float32", "mul"] + OP_PJ["float32", "add"]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Step:
 
 
 def peak(
-    steps: Sequence[Step], sizes: Mapping[Hashable, int], *, inputs: Iterable[Hashable], outputs: Iterable[Hashable]
+    steps: Sequence[Step], sizes: Mapping[Any, int], *, inputs: Iterable[Hashable], outputs: Iterable[Hashable]
 ) -> int:
     """Largest number of bytes alive at once.
 

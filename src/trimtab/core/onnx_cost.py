@@ -44,15 +44,56 @@ _CODING = {
 }
 # May write over an input that dies there (the list that ONNX Runtime's own kernels allow, less the rare ones).
 _IN_PLACE = frozenset(
-    "Relu LeakyRelu Clip Sigmoid HardSigmoid HardSwish Tanh Elu Celu Selu Gelu FastGelu QuickGelu Mish Softplus Erf Exp Log"
-    " Sqrt Neg Abs Round Floor Ceil Reciprocal Add Sub Mul Div Pow Min Max Where BiasGelu BatchNormalization QLinearAdd"
-    " QLinearMul QLinearSigmoid QLinearLeakyRelu Not Softmax Dropout".split()
+    [
+        "Relu",
+        "LeakyRelu",
+        "Clip",
+        "Sigmoid",
+        "HardSigmoid",
+        "HardSwish",
+        "Tanh",
+        "Elu",
+        "Celu",
+        "Selu",
+        "Gelu",
+        "FastGelu",
+        "QuickGelu",
+        "Mish",
+        "Softplus",
+        "Erf",
+        "Exp",
+        "Log",
+        "Sqrt",
+        "Neg",
+        "Abs",
+        "Round",
+        "Floor",
+        "Ceil",
+        "Reciprocal",
+        "Add",
+        "Sub",
+        "Mul",
+        "Div",
+        "Pow",
+        "Min",
+        "Max",
+        "Where",
+        "BiasGelu",
+        "BatchNormalization",
+        "QLinearAdd",
+        "QLinearMul",
+        "QLinearSigmoid",
+        "QLinearLeakyRelu",
+        "Not",
+        "Softmax",
+        "Dropout",
+    ]
 )
-_VIEWS = frozenset("Reshape Flatten Squeeze Unsqueeze Identity".split())
-_LAYOUT = frozenset("Reshape Flatten Squeeze Unsqueeze Identity Transpose Cast Expand".split())
+_VIEWS = frozenset(["Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity"])
+_LAYOUT = frozenset(["Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Transpose", "Cast", "Expand"])
 
 
-# ------------------------------------------------------------------------------------------------------------------ shapes
+# --------------------------------------------------------------------------------------------------------------- shapes
 
 
 def _itemsize(elem: int) -> int:
@@ -115,7 +156,7 @@ def _shapes(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> Shapes:
     return shapes
 
 
-# ---------------------------------------------------------------------------------------------------------------- products
+# ------------------------------------------------------------------------------------------------------------- products
 
 
 def _attr(node: onnx.NodeProto, name: str, default: Any) -> Any:
@@ -240,7 +281,7 @@ def _bits(node: onnx.NodeProto, shapes: Shapes, makers: Mapping[str, onnx.NodePr
     return width(node.input[1]) if len(node.input) > 1 else 32, width(node.input[0])
 
 
-# ------------------------------------------------------------------------------------------------------------------ memory
+# --------------------------------------------------------------------------------------------------------------- memory
 
 
 def _peak(model: onnx.ModelProto, shapes: Shapes) -> int:
@@ -264,9 +305,7 @@ def _peak(model: onnx.ModelProto, shapes: Shapes) -> int:
     sizes = {n: math.prod(shapes[n][0]) * shapes[n][1] for n in live if n in shapes}
     outputs = [alias.get(v.name, v.name) for v in model.graph.output]
     read = {n for s in steps for n in s.reads} | {*outputs}
-    steps = [
-        Step(s.reads, tuple(n for j, n in enumerate(s.writes) if j == 0 or n in read), s.in_place) for s in steps
-    ]
+    steps = [Step(s.reads, tuple(n for j, n in enumerate(s.writes) if j == 0 or n in read), s.in_place) for s in steps]
     return peak(steps, sizes, inputs=inputs, outputs=outputs)
 
 
@@ -280,7 +319,7 @@ def _as_run(path: str | os.PathLike[str]) -> onnx.ModelProto:
         return onnx.load(target)
 
 
-# ----------------------------------------------------------------------------------------------------------------- measure
+# -------------------------------------------------------------------------------------------------------------- measure
 
 
 def measure_onnx(

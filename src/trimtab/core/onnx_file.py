@@ -121,7 +121,7 @@ def example_inputs(
         if any(d <= 0 for d in dims):
             raise ValueError(f"input {value.name!r} has open dimensions {dims}; pass input_size=(C, H, W)")
         dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
-        if np.issubdtype(dtype, np.integer) or dtype == bool:
+        if np.issubdtype(dtype, np.integer) or np.issubdtype(dtype, np.bool_):
             feeds[value.name] = np.zeros(dims, dtype)
         else:
             feeds[value.name] = rng.standard_normal(dims).astype(dtype)
