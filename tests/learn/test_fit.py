@@ -230,18 +230,62 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_ctrl_c_leaves_a_resumable_checkpoint(tmp_path):
+@pytest.mark.parametrize("at", [0, 8, 11, 17])  # the first step, inside an epoch, an epoch's last, the very last
+def test_ctrl_c_leaves_a_resumable_checkpoint(at, tmp_path):
     whole = net(dropout=0.2)
     fit(whole, DATA, Wrong(-1, ""), epochs=3, batch_size=16)
     model = net(dropout=0.2)
-    first = fit(model, DATA, Wrong(8, "interrupt"), epochs=3, batch_size=16, out=tmp_path)
-    assert first.stopped == "interrupted" and first.steps == 9
+    first = fit(model, DATA, Wrong(at, "interrupt"), epochs=3, batch_size=16, out=tmp_path)
+    assert first.stopped == "interrupted" and first.steps == at + 1
     handler = signal.getsignal(signal.SIGINT)
     again = net(dropout=0.2)
     second = fit(again, DATA, Wrong(-1, ""), epochs=3, batch_size=16, out=tmp_path)
     assert second.stopped == "done" and second.steps == 18
     assert same(weights(again), weights(whole))
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+@pytest.mark.parametrize("what", ["nan", "crash"])
+def test_a_run_that_fails_leaves_a_plain_model(what):
+    from trimtab.learn import convert
+
+    class Swapped(Wrong):
+        def setup(self, model, batch):
+            self._undo = convert(model, {nn.ReLU: lambda layer: nn.LeakyReLU(0.01)})
+
+        def finish(self, model):
+            return self._undo()
+
+    model = net()
+    layout = {k: v.stride() for k, v in model.state_dict().items()}
+    with pytest.raises((Diverged, OSError)):
+        fit(model, DATA, Swapped(2, what), channels_last=True, **QUICK)
+    assert {k: v.stride() for k, v in model.state_dict().items()} == layout
+    assert [type(m) for m in model] == [type(m) for m in net()] and all(p.grad is None for p in model.parameters())
+
+
+def test_objectives_need_no_init_of_their_base():
+    class Bare(Objective):
+        def __init__(self):
+            self.scale = 1.0
+
+        def losses(self, model, batch, ctx):
+            return self.scale * soft_ce(self.predict(model, batch), batch.label)
+
+    assert fit(net(), DATA, Bare(), **QUICK).stopped == "done"
+
+
+def test_the_bar_is_drawn_seldom(monkeypatch):
+    from rich.progress import Progress
+
+    from trimtab.learn import progress
+
+    draws = []
+    monkeypatch.setattr(progress, "progress_wanted", lambda: True)
+    monkeypatch.setattr(Progress, "refresh", lambda self: draws.append(self.tasks[0].fields["words"]))
+    result = fit(net(), DATA, epochs=30, batch_size=8)
+    assert 1 < len(draws) < 5 * result.seconds + 6 < result.steps
+    assert any("loss" in words and "val" in words for words in draws)
 
 
 def test_a_second_ctrl_c_stops_at_once():

@@ -55,4 +55,5 @@ def kl(student: Tensor, teacher: Tensor, T: float = 1.0, *, reduction: str = "ba
         return F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1)
     if reduction not in ("batchmean", "mean", "sum"):
         raise ValueError(f"reduction must be batchmean, mean, sum or none, got {reduction!r}")
-    return F.kl_div(log_p, log_q, log_target=True, reduction=reduction)
+    total = F.kl_div(log_p, log_q, log_target=True, reduction="sum")
+    return total / {"batchmean": len(student), "mean": student.numel(), "sum": 1}[reduction]

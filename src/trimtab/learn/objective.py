@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -82,8 +82,13 @@ class Objective:
         extra: modules that are trained with the model and thrown away at the end; `setup` fills it.
     """
 
-    def __init__(self) -> None:
+    extra: nn.ModuleDict
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Here and not in ``__init__``, so that a subclass cannot forget it."""
+        self = super().__new__(cls)
         self.extra = nn.ModuleDict()
+        return self
 
     def setup(self, model: nn.Module, batch: Batch) -> None:
         """Build train-only modules from real shapes, and refuse at the door what cannot work."""
@@ -122,7 +127,6 @@ class Classify(Objective):
     """
 
     def __init__(self, *, smoothing: float = 0.0) -> None:
-        super().__init__()
         if not 0 <= smoothing < 1:
             raise ValueError(f"smoothing must be in [0, 1), got {smoothing}")
         self.smoothing = smoothing

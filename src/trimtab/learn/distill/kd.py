@@ -30,7 +30,6 @@ class KD(Objective):
     def __init__(
         self, teacher: nn.Module | Frozen, *, T: float = 4.0, alpha: float = 0.9, smoothing: float = 0.0
     ) -> None:
-        super().__init__()
         if not isinstance(teacher, (nn.Module, Frozen)):
             raise ValueError(f"teacher must be an nn.Module or Frozen, got {type(teacher).__name__}")
         if T <= 0:
