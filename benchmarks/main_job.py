@@ -24,6 +24,7 @@ from benchmarks.runner import Comparison, Series
 from trimtab.compact.journal import seconds
 from trimtab.compact.speed import fastest_settings
 from trimtab.core import log
+from trimtab.core.timing import torch_threads
 from trimtab.deploy import OnnxModel
 
 RESULT = Path(__file__).parent / "results" / "main_job.json"
@@ -37,7 +38,8 @@ def resnet8(data: Any, limit: float, folder: Path, seed: int) -> dict[str, Any]:
             "resnet8_mlperf_tiny", num_classes=data.num_classes, in_chans=data.in_chans, img_size=data.size
         )
     settings = fastest_settings(model, data)
-    done = tt.fit(model, data, time_limit=limit, seed=seed, out=folder / "fit", **settings.recipe(model, data))
+    with torch_threads(settings.threads):
+        done = tt.fit(model, data, time_limit=limit, seed=seed, out=folder / "fit", **settings.recipe(model, data))
     row = {"epochs": len(done.history), "float accuracy": tt.evaluate(model, data, "test")["accuracy"]}
     return row | exported(model, data, folder / "resnet8.onnx")
 

@@ -116,7 +116,7 @@ def _without_attention(model: nn.Module) -> nn.Module:
     return Patched()
 
 
-# --------------------------------------------------------------------------------------------------------- what is counted
+# ------------------------------------------------------------------------------------------------------ what is counted
 
 
 class Products(nn.Module):
@@ -259,7 +259,7 @@ def test_sparse_products_count_what_is_stored() -> None:
     assert cost.size == 9 * 8 + 5 * 8 + 5 * 4  # row starts, columns, values
 
 
-# ------------------------------------------------------------------------------------------------------------------ memory
+# --------------------------------------------------------------------------------------------------------------- memory
 
 
 def test_memory_of_a_chain_is_its_widest_pair() -> None:
@@ -299,7 +299,7 @@ def test_lifetimes_by_hand() -> None:
     assert peak([Step(("x",), ("y",), in_place=True)], {"x": 4, "y": 4}, inputs=["x"], outputs=["y"]) == 8
 
 
-# ------------------------------------------------------------------------------------------------------- leaves no trace
+# ------------------------------------------------------------------------------------------------------ leaves no trace
 
 
 class Nosy(nn.Module):
@@ -389,7 +389,7 @@ def test_paper_scale_needs_no_memory() -> None:
     assert cost.params > 1e9 and cost.macs > 2.5e11
 
 
-# ---------------------------------------------------------------------------------------------- latency, energy, arguments
+# ------------------------------------------------------------------------------------------- latency, energy, arguments
 
 
 def test_latency_is_measured_and_said_how() -> None:

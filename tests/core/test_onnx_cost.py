@@ -16,7 +16,9 @@ from trimtab.core.errors import ArtifactError
 COUNTS = ("params", "macs", "activations", "size")
 
 
-def write(path: Path, nodes: list[Any], held: dict[str, np.ndarray], size: tuple[Any, ...] = ("batch", 3, 8, 8)) -> Path:
+def write(
+    path: Path, nodes: list[Any], held: dict[str, np.ndarray], size: tuple[Any, ...] = ("batch", 3, 8, 8)
+) -> Path:
     graph = helper.make_graph(
         nodes,
         "g",
@@ -60,7 +62,12 @@ def test_products_of_every_kind(tmp_path: Path) -> None:
     cases: dict[str, tuple[list[Any], dict[str, np.ndarray], int, int]] = {
         # name: nodes, tensors, MACs, parameters; x is (5, 6)
         "MatMul": ([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": f32(6, 7)}, 210, 42),
-        "Gemm transposed": ([helper.make_node("Gemm", ["w", "x"], ["y"], transA=1, transB=1)], {"w": f32(6, 7)}, 210, 42),
+        "Gemm transposed": (
+            [helper.make_node("Gemm", ["w", "x"], ["y"], transA=1, transB=1)],
+            {"w": f32(6, 7)},
+            210,
+            42,
+        ),
         "Einsum": ([helper.make_node("Einsum", ["x", "w"], ["y"], equation="ij,jk->ik")], {"w": f32(6, 7)}, 210, 42),
         "MatMulInteger": (
             [
@@ -85,7 +92,11 @@ def test_products_of_every_kind(tmp_path: Path) -> None:
             42,
         ),
         "MatMulNBits": (
-            [helper.make_node("MatMulNBits", ["x", "w", "s"], ["y"], domain="com.microsoft", K=6, N=7, bits=4, block_size=16)],
+            [
+                helper.make_node(
+                    "MatMulNBits", ["x", "w", "s"], ["y"], domain="com.microsoft", K=6, N=7, bits=4, block_size=16
+                )
+            ],
             {"w": np.zeros((7, 1, 8), np.uint8), "s": f32(7)},
             210,
             42,

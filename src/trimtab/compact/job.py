@@ -25,6 +25,7 @@ from trimtab.core.budget import Budget
 from trimtab.core.cost import measure
 from trimtab.core.errors import BudgetError, SurgeryError
 from trimtab.core.log import logger
+from trimtab.core.timing import torch_threads
 from trimtab.data import Data, load_data
 from trimtab.learn import evaluate, fit
 from trimtab.learn.distill.kd import KD
@@ -370,11 +371,12 @@ class Job:
                 best, saved = accuracy, self.journal.used
                 self.keep_artifact(model)
 
-        result = fit(
-            model, self.data, objective, epochs=None, time_limit=max(limit, 0.5), seed=self.seed,
-            out=self.work / "train" / key.replace(" ", "-"), on_epoch=on_epoch,
-            **self.settings.recipe(model, self.data),
-        )  # fmt: skip
+        with torch_threads(self.settings.threads):
+            result = fit(
+                model, self.data, objective, epochs=None, time_limit=max(limit, 0.5), seed=self.seed,
+                out=self.work / "train" / key.replace(" ", "-"), on_epoch=on_epoch,
+                **self.settings.recipe(model, self.data),
+            )  # fmt: skip
         if result.stopped == "interrupted":
             self.journal.note()
             raise KeyboardInterrupt

@@ -6,7 +6,6 @@ A subclass builds its body in `__init__`, calls `_make_head` last, and writes `f
 
 from __future__ import annotations
 
-import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import SelectAdaptivePool2d
@@ -16,6 +15,7 @@ from torch import Tensor
 def check_image_input(x: Tensor, in_chans: int) -> None:
     """Raise ValueError unless `x` is a batch of images (B, `in_chans`, H, W).
 
+    >>> import torch
     >>> check_image_input(torch.zeros(2, 1, 8, 8), in_chans=3)
     Traceback (most recent call last):
         ...
