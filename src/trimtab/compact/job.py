@@ -144,7 +144,7 @@ class Job:
         interim = self._interim(model)
         teacher = self._teacher(winner)
         objective = KD(teacher) if teacher is not None else None
-        model = self._train(interim, "final", self._available(), objective, report=True)
+        model = self._better(self._train(interim, "final", self._available(), objective, report=True))
         return model, winner.label
 
     def _given_model(self) -> tuple[nn.Module, str]:
@@ -253,6 +253,12 @@ class Job:
         settled = self._kept("interim", settle)
         self.reserve = self.journal.steps.get("reserve", self.reserve)
         return settled
+
+    def _better(self, final: nn.Module) -> nn.Module:
+        """The long training, unless what the search left was better (a long training can be too short, too)."""
+        interim = self._copy_from(self.work / "kept" / "interim")
+        scores = [evaluate(m, self.data, "val")["accuracy"] for m in (final, interim)]
+        return final if scores[0] >= scores[1] else interim
 
     def _teacher(self, winner: plan.Candidate) -> nn.Module | None:
         """A larger relative of the winner, trained, where there is so much time that the student cannot use it all."""
