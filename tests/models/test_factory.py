@@ -53,13 +53,13 @@ def test_seed_decides_the_weights_and_leaves_the_global_generator_alone():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        (dict(num_classes=-1), "num_classes must be"),
-        (dict(in_chans=0), "in_chans must be"),
-        (dict(img_size=0), "img_size must be"),
-        (dict(img_size=(8, 8, 8)), "img_size must be"),
-        (dict(widht=8), "does not take this argument"),
-        (dict(pretrained=True, weights="x"), "not both"),
-        (dict(weights="no/such/file"), "weights must be a safetensors file"),
+        ({"num_classes": -1}, "num_classes must be"),
+        ({"in_chans": 0}, "in_chans must be"),
+        ({"img_size": 0}, "img_size must be"),
+        ({"img_size": (8, 8, 8)}, "img_size must be"),
+        ({"widht": 8}, "does not take this argument"),
+        ({"pretrained": True, "weights": "x"}, "not both"),
+        ({"weights": "no/such/file"}, "weights must be a safetensors file"),
     ],
 )
 def test_wrong_arguments_say_what_was_expected(kwargs, message):
@@ -115,3 +115,9 @@ def test_an_artifact_loads_in_a_process_that_knows_nothing_else(tmp_path):
     out = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")], capture_output=True, text=True, check=True)
     torch.testing.assert_close(torch.tensor(eval(out.stdout)), model(x), atol=1e-5, rtol=1e-5)
     assert isinstance(load(tmp_path / "a"), type(model))
+
+
+def test_the_model_says_what_its_input_is():
+    model = create_model("resnet18", img_size=(40, 48), in_chans=1, num_classes=2)
+    assert model.pretrained_cfg["input_size"] == (1, 40, 48)
+    assert create_model("resnet18", num_classes=2).pretrained_cfg["input_size"] == (3, 224, 224)

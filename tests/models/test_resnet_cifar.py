@@ -26,7 +26,9 @@ def test_resnet8_with_folded_batch_norm_is_the_reference_network():
     assert folded + sum(p.numel() for p in model.linear.parameters()) == 77_706
 
 
-@pytest.mark.parametrize(("name", "params", "macs"), [("resnet20_cifar", 269_722, 40.551e6), ("resnet56_cifar", 853_018, 125.486e6)])
+@pytest.mark.parametrize(
+    ("name", "params", "macs"), [("resnet20_cifar", 269_722, 40.551e6), ("resnet56_cifar", 853_018, 125.486e6)]
+)
 def test_cifar_resnets_have_the_published_counts(name, params, macs):
     with torch.device("meta"):
         cost = measure(timm.create_model(name), (3, 32, 32), what=("params", "macs"))

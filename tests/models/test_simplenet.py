@@ -118,7 +118,9 @@ def test_caffe_rounds_pooled_sizes_up():
 def test_the_last_pooling_is_max():
     net = SimpleNet(scale=0.1).eval()
     x = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(net.forward_head(net.forward_features(x), pre_logits=True), net.forward_features(x).amax((2, 3)))
+    torch.testing.assert_close(
+        net.forward_head(net.forward_features(x), pre_logits=True), net.forward_features(x).amax((2, 3))
+    )
 
 
 def test_batch_norm_momentum_and_init():
@@ -137,7 +139,7 @@ def test_dropout_goes_after_the_four_poolings_or_where_the_index_says():
     rates = {i: k.p for i, m in enumerate(net.features) for k in m if isinstance(k, nn.Dropout2d)}
     assert rates == {11: 0.02, 12: 0.05, 13: 0.05}
     assert net.drop_rate == 0.1  # index 15 is the one before the classifier
-    with pytest.raises(ValueError, match="keys in 0..17"):
+    with pytest.raises(ValueError, match=r"keys in 0\.\.17"):
         SimpleNet(drop_rates={18: 0.1})
 
 

@@ -11,10 +11,12 @@ from trimtab.models import create_model, load, save
 from trimtab.models.small_images import final_map
 
 # A cross-section of timm: classic, mobile, patchified, re-parameterised, transformer, hybrid, odd ones.
-ARCHITECTURES = """resnet18 resnet18d densenet121 inception_v3 regnetx_002 hrnet_w18_small mobilenetv3_small_050
-mobilenetv4_conv_small efficientnet_b0 tinynet_e ghostnet_050 repvgg_a0 convnext_atto poolformer_s12 mambaout_femto
-starnet_s1 repvit_m0_9 pvt_v2_b0 vit_tiny_patch16_224 swin_tiny_patch4_window7_224 levit_128s tiny_vit_5m_224
-efficientformerv2_s0 mobilevit_xxs""".split()
+ARCHITECTURES = [
+    *("resnet18", "resnet18d", "densenet121", "inception_v3", "regnetx_002", "hrnet_w18_small", "repvgg_a0"),
+    *("mobilenetv3_small_050", "mobilenetv4_conv_small", "efficientnet_b0", "tinynet_e", "ghostnet_050", "starnet_s1"),
+    *("convnext_atto", "poolformer_s12", "mambaout_femto", "repvit_m0_9", "pvt_v2_b0", "vit_tiny_patch16_224"),
+    *("swin_tiny_patch4_window7_224", "levit_128s", "tiny_vit_5m_224", "efficientformerv2_s0", "mobilevit_xxs"),
+]
 
 
 def unadapted_side(name: str) -> int:
@@ -53,7 +55,8 @@ def test_64_pixels_lose_one_stride_only():
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [("resnet18", 224), ("resnet18", 96), ("cct_2_3x2_32", 32), ("resnet20_cifar", 32), ("tinynet_e", 90)]
+    ("name", "size"),
+    [("resnet18", 224), ("resnet18", 96), ("cct_2_3x2_32", 32), ("resnet20_cifar", 32), ("tinynet_e", 90)],
 )
 def test_models_that_are_fine_are_left_alone(name, size):
     assert history(create_model(name, img_size=size)).edits == []

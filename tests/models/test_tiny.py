@@ -43,10 +43,10 @@ def test_keyword_arguments_override_a_preset():
 @pytest.mark.parametrize(
     "kwargs",
     [
-        dict(width=5, depths=(2, 1), strides=(2, 2), stem_stride=2),
-        dict(widths=(6, 9, 12), kind="bottleneck", expand=0.5),
-        dict(widths=(8, 16, 16), kind="bottleneck", expand=4, group_width=1, head_width=24, stem_width=4),
-        dict(widths=(8, 8, 8), kind="bottleneck", expand=2, group_width=4, kernel=5, drop_rate=0.1),
+        {"width": 5, "depths": (2, 1), "strides": (2, 2), "stem_stride": 2},
+        {"widths": (6, 9, 12), "kind": "bottleneck", "expand": 0.5},
+        {"widths": (8, 16, 16), "kind": "bottleneck", "expand": 4, "group_width": 1, "head_width": 24, "stem_width": 4},
+        {"widths": (8, 8, 8), "kind": "bottleneck", "expand": 2, "group_width": 4, "kernel": 5, "drop_rate": 0.1},
     ],
 )
 def test_every_option_survives_an_artifact(kwargs, tmp_path):
@@ -78,14 +78,14 @@ def test_every_convolution_is_followed_by_batch_norm_and_has_no_bias():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        (dict(width=0), "width must be a positive integer, got 0"),
-        (dict(widths=(8, 16)), "widths must have one value per stage"),
-        (dict(strides=(1,)), "strides must have one value per stage"),
-        (dict(kind="plain"), "kind must be"),
-        (dict(kernel=4), "kernel must be odd"),
-        (dict(expand=-1), "must be positive"),
-        (dict(group_width=2), "group_width must be 0"),
-        (dict(num_classes=-1), "num_classes must be a non-negative integer"),
+        ({"width": 0}, "width must be a positive integer, got 0"),
+        ({"widths": (8, 16)}, "widths must have one value per stage"),
+        ({"strides": (1,)}, "strides must have one value per stage"),
+        ({"kind": "plain"}, "kind must be"),
+        ({"kernel": 4}, "kernel must be odd"),
+        ({"expand": -1}, "must be positive"),
+        ({"group_width": 2}, "group_width must be 0"),
+        ({"num_classes": -1}, "num_classes must be a non-negative integer"),
     ],
 )
 def test_wrong_arguments_say_what_was_expected(kwargs, message):

@@ -75,6 +75,7 @@ def create_model(
         model = _build(name, kwargs, pretrained)
     remember_base(model, name, kwargs)
     apply(model, edits)
+    _tell_input(model, in_chans, size)
     if weights is not None:
         load_weights(model, weights)
     return model
@@ -158,6 +159,14 @@ def _build(name: str, kwargs: Mapping[str, Any], pretrained: bool) -> nn.Module:
         raise TrimtabError(f"the weights of {name} could not be fetched ({e}); give a file with weights=...") from e
 
 
+def _tell_input(model: nn.Module, in_chans: int | None, size: tuple[int, int] | None) -> None:
+    """Write the input this model was made for where timm keeps it, for exporters and other readers."""
+    cfg = getattr(model, "pretrained_cfg", None)
+    if isinstance(cfg, Mapping) and cfg.get("input_size"):
+        channels, *native = cfg["input_size"]
+        model.pretrained_cfg = {**cfg, "input_size": (in_chans or channels, *(size or native))}
+
+
 def _fit_first_conv(model: nn.Module, state: dict[str, Tensor], want: Mapping[str, Tensor]) -> dict[str, Tensor]:
     from timm.models import adapt_input_conv
 
@@ -182,4 +191,3 @@ def _without_classifier(
     if not differs:
         return state, set()
     return {k: v for k, v in state.items() if k not in keys}, keys & set(want)
-

@@ -7,14 +7,14 @@ nothing. The rule here:
    side, or if the requested size is at least 0.8 of the size it was made for. Classes with `any_size = True` (the
    `trim_*` family, whose strides the caller chooses) are always left alone.
 2. Transformers whose builder takes `img_size` and `patch_size` get a smaller patch: the largest divisor of the image
-   that gives a grid of at least 6 (a plain ViT, one resolution throughout) or a final map of at least 3 (hierarchical ones).
+   that gives a grid of at least 6 (a plain ViT, one resolution throughout) or a final map of at least 3 (others).
 3. Other models keep their layers, but the leading strides go, one octave after the other, until the final map is at
    least 3 pixels (so 4 for sizes that are powers of two): strided convolutions get stride 1 and their padding made to
    fit, stem pools are removed. These changes are recorded as edits, so artifacts carry them.
 4. Builders that take `img_size` only (position tables inside) are told the size their stages will then see.
 
-Every candidate is tried out on the meta device (no memory, no arithmetic) before it is chosen. What cannot be adapted is
-returned as it is if it runs, and refused with an error if it does not.
+Every candidate is tried out on the meta device (no memory, no arithmetic) before it is chosen. What cannot be adapted
+is returned as it is if it runs, and refused with an error if it does not.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def final_map(model: nn.Module, size: tuple[int, int], in_chans: int) -> tuple[i
     training = model.training
     try:
         with torch.no_grad():
-            out = model.eval().forward_features(torch.zeros(1, in_chans, *size, device=device))
+            features: Any = model.eval().forward_features
+            out = features(torch.zeros(1, in_chans, *size, device=device))
     finally:
         model.train(training)
     while isinstance(out, tuple | list):
@@ -140,7 +141,7 @@ class _Probe:
 
     def takes(self, argument: str) -> bool:
         for cls in type(self.model).__mro__:
-            parameters = inspect.signature(cls.__init__).parameters
+            parameters = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
             if argument in parameters:
                 return True
             if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
@@ -232,12 +233,15 @@ class _Probe:
 def _restride(model: nn.Module, name: str, stride: int, *, alone: bool) -> list[Edit]:
     """Edits that give a strided module a smaller stride, with padding that keeps the map's size."""
     module = model.get_submodule(name)
-    kernel = getattr(module, "kernel_size", None)
+    kernel: Any = getattr(module, "kernel_size", None)
     if isinstance(module, nn.MaxPool2d | nn.AvgPool2d) and stride == 1:
         size = kernel if isinstance(kernel, int) else kernel[0]
         if alone or size % 2 == 0:
             return [Remove(name)]
-        return [SetAttr(name, "stride", _like(module.stride, 1)), SetAttr(name, "padding", _like(module.padding, size // 2))]
+        return [
+            SetAttr(name, "stride", _like(module.stride, 1)),
+            SetAttr(name, "padding", _like(module.padding, size // 2)),
+        ]
     edits: list[Edit] = [SetAttr(name, "stride", _like(module.stride, stride))]
     padding = getattr(module, "padding", None)
     if isinstance(module, nn.Conv2d) and isinstance(padding, tuple) and "Same" not in type(module).__name__:

@@ -2,9 +2,9 @@
 Transformers", arXiv 2104.05704).
 
 A small ViT with small patches already learns from CIFAR-size data (ViT-Lite); pooling all output tokens by a learned
-attention instead of a class token helps (CVT); and tokens from convolution + ReLU + max pooling bring locality back, take
-any image size and make position embeddings nearly optional (CCT). Names read `L_KxC`: L layers, K the patch or kernel
-size, C convolutions in the tokenizer.
+attention instead of a class token helps (CVT); and tokens from convolution + ReLU + max pooling bring locality back,
+take any image size and make position embeddings nearly optional (CCT). Names read `L_KxC`: L layers, K the patch or
+kernel size, C convolutions in the tokenizer.
 
 Differences from the released code, on purpose: `positional_embedding="sine"` really is a fixed sine table in every
 variant (the released CCT and CVT builders train one instead), an unknown value is an error, and the text model's
@@ -13,6 +13,7 @@ position table has exactly one row per token. Other image sizes than the one bui
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -63,14 +64,22 @@ class ConvTokenizer(nn.Module):
     """`layers` times (conv without bias, ReLU, max pool 3/2): (B, in_chans, H, W) -> (B, width, h, w)."""
 
     def __init__(
-        self, in_chans: int, width: int, *, kernel: int, layers: int, inner: int, stride: int | None, padding: int | None
+        self,
+        in_chans: int,
+        width: int,
+        *,
+        kernel: int,
+        layers: int,
+        inner: int,
+        stride: int | None,
+        padding: int | None,
     ):
         super().__init__()
         stride = max(1, kernel // 2 - 1) if stride is None else stride
         padding = max(1, kernel // 2) if padding is None else padding
         chs = [in_chans] + [inner] * (layers - 1) + [width]
         blocks: list[nn.Module] = []
-        for a, b in zip(chs, chs[1:], strict=False):
+        for a, b in itertools.pairwise(chs):
             conv = nn.Conv2d(a, b, kernel, stride, padding, bias=False)
             blocks.append(nn.Sequential(conv, nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)))
         self.blocks = nn.Sequential(*blocks)
@@ -122,7 +131,15 @@ class EncoderLayer(nn.Module):
     """
 
     def __init__(
-        self, width: int, num_heads: int, hidden: int, *, attn_drop: float, proj_drop: float, drop_path: float, second_norm: str
+        self,
+        width: int,
+        num_heads: int,
+        hidden: int,
+        *,
+        attn_drop: float,
+        proj_drop: float,
+        drop_path: float,
+        second_norm: str,
     ):
         super().__init__()
         self.norm_stream = second_norm == "stream"
@@ -172,7 +189,9 @@ def sine_table(tokens: int, width: int) -> Tensor:
     return torch.where(i % 2 == 0, angle.sin(), angle.cos()).float()[None]
 
 
-def resize_positions(table: Tensor, grid: tuple[int, int], prefix: int = 0, old: tuple[int, int] | None = None) -> Tensor:
+def resize_positions(
+    table: Tensor, grid: tuple[int, int], prefix: int = 0, old: tuple[int, int] | None = None
+) -> Tensor:
     """Resize a position table (1, prefix + h w, d) to another grid, bilinearly; the same size is returned as it is.
 
     Raises:
@@ -256,9 +275,10 @@ class CompactTransformer(Classifier):
             self.patch_embed: nn.Module = PatchTokenizer(in_chans, embed_dim, patch_size)
         else:
             self.patch_embed = ConvTokenizer(
-                in_chans, embed_dim, kernel=kernel_size, layers=n_conv_layers, inner=in_planes, stride=stride, padding=padding
+                in_chans, embed_dim, kernel=kernel_size, layers=n_conv_layers, inner=in_planes, stride=stride,
+                padding=padding,
             )  # fmt: skip
-        self.grid_size = _grid(self.patch_embed, in_chans, size)
+        self.grid_size: tuple[int, int] = _grid(self.patch_embed, in_chans, size)
         self.num_prefix_tokens = int(global_pool == "token")
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if self.num_prefix_tokens else None
         self.positional_embedding = positional_embedding
@@ -273,9 +293,11 @@ class CompactTransformer(Classifier):
         self.blocks = _encoder(
             embed_dim, depth, num_heads, mlp_ratio, attn_drop_rate, proj_drop_rate, drop_path_rate, second_norm
         )
-        self.norm = nn.LayerNorm(embed_dim)
+        self.norm: nn.Module = nn.LayerNorm(embed_dim)
         reduction = max(1, round(max(size) / max(self.grid_size)))
-        self.feature_info = [dict(module=f"blocks.{i}", num_chs=embed_dim, reduction=reduction) for i in range(depth)]
+        self.feature_info = [
+            {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": reduction} for i in range(depth)
+        ]
         self._make_head(embed_dim, num_classes, in_chans, global_pool, drop_rate)
         _init_weights(self)
 
@@ -286,7 +308,7 @@ class CompactTransformer(Classifier):
             case "seq":
                 pool = SeqPool(self.embed_dim)
                 _init_weights(pool)
-                return pool.to(self.norm.weight)
+                return pool.to(next(self.blocks.parameters()))
             case "token" | "avg":
                 return TokenPool(global_pool == "token")
             case "":
@@ -300,7 +322,10 @@ class CompactTransformer(Classifier):
         return {"pos_embed", "cls_token"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        return dict(stem=r"^cls_token|pos_embed|patch_embed", blocks=[(r"^blocks\.(\d+)", None), (r"^norm", (99999,))])
+        return {
+            "stem": r"^cls_token|pos_embed|patch_embed",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
@@ -319,11 +344,11 @@ class CompactTransformer(Classifier):
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
         assert self.pos_embed is not None
-        if grid == tuple(self.grid_size):
+        if grid == self.grid_size:
             return self.pos_embed
         if self.positional_embedding == "sine":
             return sine_table(self.num_prefix_tokens + grid[0] * grid[1], self.embed_dim).to(self.pos_embed)
-        return resize_positions(self.pos_embed, grid, self.num_prefix_tokens, tuple(self.grid_size))
+        return resize_positions(self.pos_embed, grid, self.num_prefix_tokens, self.grid_size)
 
     def _run(self, block: nn.Module, x: Tensor) -> Tensor:
         if self.grad_checkpointing and self.training and not torch.jit.is_scripting():
@@ -411,9 +436,7 @@ class TextCCT(nn.Module):
             raise ValueError(f"word_vectors must be {(vocab_size, word_dim)}, got {tuple(word_vectors.shape)}")
         self.words = nn.Embedding(vocab_size, word_dim, _freeze=word_vectors is not None, _weight=word_vectors)
         self.stride, self.padding = max(1, kernel_size // 2 - 1), max(1, kernel_size // 2)
-        self.conv = nn.Conv2d(
-            1, embed_dim, (kernel_size, word_dim), (self.stride, 1), (self.padding, 0), bias=False
-        )
+        self.conv = nn.Conv2d(1, embed_dim, (kernel_size, word_dim), (self.stride, 1), (self.padding, 0), bias=False)
         self.pool = nn.MaxPool2d((2, 1), (2, 1), (1, 0))
         tokens = self.pool(torch.zeros(1, 1, (seq_len + 2 * self.padding - kernel_size) // self.stride + 1, 1)).shape[2]
         self.num_tokens: int = tokens
@@ -447,7 +470,9 @@ class TextCCT(nn.Module):
             x = x * token_mask[..., None]
         if self.pos_embed is not None:
             if x.shape[1] != self.pos_embed.shape[1]:
-                raise ValueError(f"sentences give {x.shape[1]} tokens, the model was built for {self.pos_embed.shape[1]}")
+                raise ValueError(
+                    f"sentences give {x.shape[1]} tokens, the model was built for {self.pos_embed.shape[1]}"
+                )
             x = x + self.pos_embed
         x = self.pos_drop(x)
         for block in self.blocks:
@@ -463,7 +488,14 @@ class TextCCT(nn.Module):
 
 
 def _encoder(
-    width: int, depth: int, num_heads: int, mlp_ratio: float, attn_drop: float, proj_drop: float, drop_path: float, second_norm: str
+    width: int,
+    depth: int,
+    num_heads: int,
+    mlp_ratio: float,
+    attn_drop: float,
+    proj_drop: float,
+    drop_path: float,
+    second_norm: str,
 ) -> nn.ModuleList:
     return nn.ModuleList(
         EncoderLayer(
@@ -555,11 +587,11 @@ def _cfg(size: int = 32, num_classes: int = 10, first_conv: str = "patch_embed.b
 
 
 _ENCODERS = {
-    2: dict(depth=2, num_heads=2, mlp_ratio=1.0, embed_dim=128),
-    4: dict(depth=4, num_heads=2, mlp_ratio=1.0, embed_dim=128),
-    6: dict(depth=6, num_heads=4, mlp_ratio=2.0, embed_dim=256),
-    7: dict(depth=7, num_heads=4, mlp_ratio=2.0, embed_dim=256),
-    14: dict(depth=14, num_heads=6, mlp_ratio=3.0, embed_dim=384),
+    2: {"depth": 2, "num_heads": 2, "mlp_ratio": 1.0, "embed_dim": 128},
+    4: {"depth": 4, "num_heads": 2, "mlp_ratio": 1.0, "embed_dim": 128},
+    6: {"depth": 6, "num_heads": 4, "mlp_ratio": 2.0, "embed_dim": 256},
+    7: {"depth": 7, "num_heads": 4, "mlp_ratio": 2.0, "embed_dim": 256},
+    14: {"depth": 14, "num_heads": 6, "mlp_ratio": 3.0, "embed_dim": 384},
 }
 _PATCH_CFG = _cfg(first_conv="patch_embed.proj")
 default_cfgs = generate_default_cfgs(
@@ -583,7 +615,7 @@ def _create(variant: str, pretrained: bool, kwargs: dict[str, Any], layers: int,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=min(3, kwargs["depth"]), feature_cls="getter"),
+        feature_cfg={"out_indices": min(3, kwargs["depth"]), "feature_cls": "getter"},
         **kwargs,
     )
 

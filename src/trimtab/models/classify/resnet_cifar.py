@@ -6,8 +6,8 @@ that the published CIFAR-10 weights of this family use, so those load as they ar
 
 ResNet-8 is the image classification network of MLPerf Tiny: one block per stage, 1x1 convolutions as shortcuts. The
 reference gives a bias to every convolution; the ones whose batch norm removes them again inside the residual branches
-are left out here (77,962 instead of 78,186 trainable parameters). With the batch norms folded, as a microcontroller runs
-it, the network is the reference's: 77,706 numbers and 12.50 M multiply-adds.
+are left out here (77,962 instead of 78,186 trainable parameters). With the batch norms folded, as a microcontroller
+runs it, the network is the reference's: 77,706 numbers and 12.50 M multiply-adds.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class ResNetCifar(Classifier):
         self.conv1 = nn.Conv2d(in_chans, widths[0], 3, 1, 1, bias=stem_bias)
         self.bn1 = nn.BatchNorm2d(widths[0])
         self.act1 = nn.ReLU(inplace=True)
-        self.feature_info = [dict(num_chs=widths[0], reduction=1, module="act1")]
+        self.feature_info = [{"num_chs": widths[0], "reduction": 1, "module": "act1"}]
         self.stage_names = [f"layer{i + 1}" for i in range(len(depths))]
         in_chs = widths[0]
         for i, (name, depth, width) in enumerate(zip(self.stage_names, depths, widths, strict=True)):
@@ -110,7 +110,7 @@ class ResNetCifar(Classifier):
                 blocks.append(BasicBlock(in_chs, width, 2 if i > 0 and j == 0 else 1, shortcut))
                 in_chs = width
             self.add_module(name, nn.Sequential(*blocks))
-            self.feature_info.append(dict(num_chs=width, reduction=2**i, module=name))
+            self.feature_info.append({"num_chs": width, "reduction": 2**i, "module": name})
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight)
@@ -161,7 +161,7 @@ def _create(variant: str, pretrained: bool, kwargs: dict[str, Any], **defaults: 
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3)),
+        feature_cfg={"out_indices": (0, 1, 2, 3)},
         **{**defaults, **kwargs},
     )
 
@@ -169,9 +169,7 @@ def _create(variant: str, pretrained: bool, kwargs: dict[str, Any], **defaults: 
 @register_model
 def resnet8_mlperf_tiny(pretrained: bool = False, **kwargs: Any) -> ResNetCifar:
     """ResNet-8 of MLPerf Tiny: 77,962 parameters, 12.50 M MACs at 32x32, 10 classes."""
-    return _create(
-        "resnet8_mlperf_tiny", pretrained, kwargs, depths=(1, 1, 1), shortcut="conv", stem_bias=True
-    )
+    return _create("resnet8_mlperf_tiny", pretrained, kwargs, depths=(1, 1, 1), shortcut="conv", stem_bias=True)
 
 
 @register_model

@@ -1,5 +1,5 @@
-"""SimpleNet: plain 13-layer networks by design rules (HasanPour et al., "Lets keep it simple, Using simple architectures
-to outperform deeper and more complex architectures", arXiv 1608.06037).
+"""SimpleNet: plain 13-layer networks by design rules (HasanPour et al., "Lets keep it simple, Using simple
+architectures to outperform deeper and more complex architectures", arXiv 1608.06037).
 
 Nothing but 3x3 convolution, batch norm, ReLU and max pooling, laid out by rules: grow width gradually, pool late and
 evenly, keep 3x3 in the early and middle layers and 1x1 only near the end, balance the weights. The last pooling is a
@@ -132,7 +132,7 @@ class SimpleNet(Classifier):
         self._make_head(chs, num_classes, in_chans, global_pool, rates.get(len(tokens), drop_rate))
 
     def _note(self, chs: int, reduction: int, index: int) -> None:
-        self.feature_info.append(dict(num_chs=chs, reduction=reduction, module=f"features.{index}"))
+        self.feature_info.append({"num_chs": chs, "reduction": reduction, "module": f"features.{index}"})
 
     def forward_features(self, x: Tensor) -> Tensor:
         check_image_input(x, self.in_chans)
@@ -207,12 +207,12 @@ def _cfg(size: int = 32, num_classes: int = 10, in_chans: int = 3) -> dict[str, 
 
 _CIFAR = ("cifar_310k", "cifar_460k", "cifar_460k_port", "cifar_5m")
 _IMAGENET: dict[str, dict[str, Any]] = {
-    "small_m1_05": dict(layout="imagenet_5m", scale=0.5, mode=1),
-    "small_m2_05": dict(layout="imagenet_5m", scale=0.5, mode=2),
-    "small_m1_075": dict(layout="imagenet_5m", scale=0.75, mode=1),
-    "small_m2_075": dict(layout="imagenet_5m", scale=0.75, mode=2),
-    **{f"5m_m{m}": dict(layout="imagenet_5m", mode=m) for m in (1, 2, 3, 4)},
-    **{f"9m_m{m}": dict(layout="imagenet_9m", mode=m) for m in (1, 2, 3, 4)},
+    "small_m1_05": {"layout": "imagenet_5m", "scale": 0.5, "mode": 1},
+    "small_m2_05": {"layout": "imagenet_5m", "scale": 0.5, "mode": 2},
+    "small_m1_075": {"layout": "imagenet_5m", "scale": 0.75, "mode": 1},
+    "small_m2_075": {"layout": "imagenet_5m", "scale": 0.75, "mode": 2},
+    **{f"5m_m{m}": {"layout": "imagenet_5m", "mode": m} for m in (1, 2, 3, 4)},
+    **{f"9m_m{m}": {"layout": "imagenet_9m", "mode": m} for m in (1, 2, 3, 4)},
 }
 default_cfgs = generate_default_cfgs(
     {
@@ -228,7 +228,7 @@ def _create(variant: str, pretrained: bool, kwargs: dict[str, Any], **defaults: 
         SimpleNet,
         variant,
         pretrained,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), flatten_sequential=True),
+        feature_cfg={"out_indices": (0, 1, 2, 3, 4), "flatten_sequential": True},
         **{**defaults, **kwargs},
     )
 

@@ -18,7 +18,24 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor
 
 from trimtab.nn.classifier import Classifier, check_image_input, check_sizes
-from trimtab.nn.conv import conv_bn
+
+
+def conv_bn(
+    in_chs: int,
+    out_chs: int,
+    kernel: int = 3,
+    *,
+    stride: int = 1,
+    groups: int = 1,
+    act: bool = True,
+    bias: bool = False,
+) -> nn.Sequential:
+    """Conv -> BatchNorm (-> ReLU), `same` padding for odd kernels: (B, in_chs, H, W) -> (B, out_chs, H/s, W/s)."""
+    layers: list[nn.Module] = [
+        nn.Conv2d(in_chs, out_chs, kernel, stride, kernel // 2, groups=groups, bias=bias),
+        nn.BatchNorm2d(out_chs),
+    ]
+    return nn.Sequential(*layers, *([nn.ReLU(inplace=True)] if act else []))
 
 
 class Block(nn.Module):
@@ -141,7 +158,7 @@ class TrimNet(Classifier):
                 )
                 in_chs = out_chs
             stages.append(nn.Sequential(*blocks))
-            self.feature_info.append(dict(num_chs=out_chs, reduction=reduction, module=f"stages.{i}"))
+            self.feature_info.append({"num_chs": out_chs, "reduction": reduction, "module": f"stages.{i}"})
         self.stages = nn.Sequential(*stages)
         self.neck = conv_bn(in_chs, head_width, 1) if head_width else nn.Identity()
         for m in self.modules():
@@ -175,15 +192,27 @@ def _cfg(size: int = 32, in_chans: int = 3) -> dict[str, Any]:
 
 # name -> keyword arguments. Parameter counts at 10 classes, 3 channels are asserted in tests/models/test_tiny.py.
 PRESETS: dict[str, dict[str, Any]] = {
-    "trim_net": dict(width=16, depths=(1, 1, 1)),
-    "trim_1k": dict(widths=(4, 6), depths=(1, 1)),
-    "trim_3k": dict(widths=(4, 7, 11), depths=(1, 1, 1)),
-    "trim_10k": dict(widths=(8, 13, 19), depths=(1, 1, 1)),
-    "trim_30k": dict(widths=(10, 20, 40), depths=(1, 1, 1)),
-    "trim_80k": dict(widths=(16, 32, 64), depths=(1, 1, 1)),
-    "trim_300k": dict(widths=(24, 40, 86), depths=(1, 2, 2)),
-    "trim_mobile_10k": dict(widths=(8, 12, 24), depths=(1, 2, 2), kind="bottleneck", expand=3, group_width=1),
-    "trim_mobile_80k": dict(widths=(16, 24, 44), depths=(1, 3, 4), kind="bottleneck", expand=4, group_width=1),
+    "trim_net": {"width": 16, "depths": (1, 1, 1)},
+    "trim_1k": {"widths": (4, 6), "depths": (1, 1)},
+    "trim_3k": {"widths": (4, 7, 11), "depths": (1, 1, 1)},
+    "trim_10k": {"widths": (8, 13, 19), "depths": (1, 1, 1)},
+    "trim_30k": {"widths": (10, 20, 40), "depths": (1, 1, 1)},
+    "trim_80k": {"widths": (16, 32, 64), "depths": (1, 1, 1)},
+    "trim_300k": {"widths": (24, 40, 86), "depths": (1, 2, 2)},
+    "trim_mobile_10k": {
+        "widths": (8, 12, 24),
+        "depths": (1, 2, 2),
+        "kind": "bottleneck",
+        "expand": 3,
+        "group_width": 1,
+    },
+    "trim_mobile_80k": {
+        "widths": (16, 24, 44),
+        "depths": (1, 3, 4),
+        "kind": "bottleneck",
+        "expand": 4,
+        "group_width": 1,
+    },
 }
 default_cfgs = generate_default_cfgs({name: _cfg() for name in PRESETS})
 
@@ -200,7 +229,7 @@ def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> TrimNet:
         TrimNet,
         variant,
         pretrained,
-        feature_cfg=dict(out_indices=tuple(range(stages)), flatten_sequential=True),
+        feature_cfg={"out_indices": tuple(range(stages)), "flatten_sequential": True},
         **kwargs,
     )
 
