@@ -128,10 +128,12 @@ def test_lean_files_hold_nothing_but_the_network(trained: nn.Module, data: Any, 
     assert len({*contents}) == len(contents)
 
 
-# ------------------------------------------------------------------------------------------------------ models of all kinds
+# -------------------------------------------------------------------------------------------------- models of all kinds
 
 
-@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "convnext_atto", "vit_tiny_patch16_224", "levit_128s", "ghostnet_100"])
+@pytest.mark.parametrize(
+    "name", ["mobilenetv3_small_050", "convnext_atto", "vit_tiny_patch16_224", "levit_128s", "ghostnet_100"]
+)
 def test_timm_families_export_with_open_batch(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     kwargs = {"depth": 2} if "vit_tiny" in name else {}
@@ -208,7 +210,7 @@ def test_classic_steps_in_where_torch_export_fails(tmp_path: Path) -> None:
     assert done.exporter == "classic" and done.dynamic_batch
 
 
-# ------------------------------------------------------------------------------------------------------------------ refusals
+# ------------------------------------------------------------------------------------------------------------- refusals
 
 
 class Unfaithful(nn.Module):

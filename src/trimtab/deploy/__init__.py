@@ -15,8 +15,8 @@ _NAMES = {
 __all__ = ["ExportError", "Exported", "OnnxModel", "Prediction", "export"]
 
 if TYPE_CHECKING:
-    from trimtab.deploy.to_onnx import Exported, ExportError, export
     from trimtab.deploy.runtime import OnnxModel, Prediction
+    from trimtab.deploy.to_onnx import Exported, ExportError, export
 
 
 def __getattr__(name: str) -> Any:

@@ -32,9 +32,13 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "DequantizeLinear": {"axis": 1, "block_size": 0, "output_dtype": 0},
     "LayerNormalization": {"axis": -1, "stash_type": 1},
 }
-_ONES = {"Conv": ("dilations", "strides"), "ConvTranspose": ("dilations", "strides"), "MaxPool": ("dilations", "strides"),
-         "AveragePool": ("dilations", "strides")}  # fmt: skip
-_ZEROS = {"Conv": ("pads",), "ConvTranspose": ("pads", "output_padding"), "MaxPool": ("pads",), "AveragePool": ("pads",)}
+_ONES = dict.fromkeys(("Conv", "ConvTranspose", "MaxPool", "AveragePool"), ("dilations", "strides"))
+_ZEROS = {
+    "Conv": ("pads",),
+    "ConvTranspose": ("pads", "output_padding"),
+    "MaxPool": ("pads",),
+    "AveragePool": ("pads",),
+}
 
 
 def lean(model: ModelProto) -> None:
@@ -44,7 +48,7 @@ def lean(model: ModelProto) -> None:
     _rename(model)
 
 
-# ------------------------------------------------------------------------------------------------------------- rewriting
+# ------------------------------------------------------------------------------------------------------------ rewriting
 
 
 def simplify(model: ModelProto) -> ModelProto:
@@ -165,7 +169,7 @@ def drop_unused(model: ModelProto) -> None:
     model.graph.initializer.extend(held)
 
 
-# -------------------------------------------------------------------------------------------------------------- the small
+# ------------------------------------------------------------------------------------------------------------ the small
 
 
 def _inner_names(node: NodeProto) -> Iterator[str]:

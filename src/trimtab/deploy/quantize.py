@@ -7,8 +7,8 @@ which nothing is gained. What is ours is what it leaves on the table for small m
   sigmoid of MobileNetV3 becomes a change of scale: both would drag every feature map through float;
 - the last product hands out float logits, instead of 256 levels of them (no ties between classes, two nodes less);
 - zero points of symmetric weights are left out where ONNX Runtime fuses without them;
-- biases of convolutions stay float32 in the file. ONNX Runtime turns them into the same int32 when it loads the file, so
-  that a bias costs 4 bytes and not 12 (value, scale, zero point).
+- biases of convolutions stay float32 in the file. ONNX Runtime turns them into the same int32 when it loads the file,
+  so that a bias costs 4 bytes and not 12 (value, scale, zero point).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -27,7 +28,7 @@ from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from trimtab.deploy.graph import attribute, drop_unused, ranks, tensors
 
-# Whole-graph quantization suits convolutional nets; in a transformer the softmax, norms and residual stream lose too much.
+# Whole-graph quantization suits convolutional nets; in a transformer softmax, norms and residuals lose too much.
 PRODUCTS = ("Conv", "Gemm", "MatMul")
 _TRANSFORMER = {"Softmax", "LayerNormalization", "Attention"}
 
@@ -97,7 +98,13 @@ def quantize(model: ModelProto, batches: Iterable[np.ndarray], *, ops: Sequence[
         batches: float32 (B, C, H, W) as the model is fed; what they span becomes the range of the activations.
         ops: operator types to quantize; None = everything ONNX Runtime can.
     """
-    from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        CalibrationMethod,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
 
     name = model.graph.input[0].name
 
@@ -119,17 +126,29 @@ def quantize(model: ModelProto, batches: Iterable[np.ndarray], *, ops: Sequence[
             Reader(),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=list(ops) if ops else None,
+            nodes_to_exclude=_attention(copy) if ops else None,
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             calibrate_method=CalibrationMethod.MinMax,
-            extra_options={"QuantizeBias": False, "MatMulConstBOnly": True},
+            extra_options={"QuantizeBias": False},
         )
         result = onnx.load(out)
     _hard_sigmoids(result)
     _float_logits(result)
     _drop_zero_points(result)
     return result
+
+
+def _attention(model: ModelProto) -> list[str]:
+    """Products of two activations: one 200th, a common probability, is one level of 255. Each node gets a name."""
+    held = {t.name for t in model.graph.initializer}
+    found = []
+    for i, node in enumerate(model.graph.node):
+        if node.op_type == "MatMul" and held.isdisjoint(node.input):
+            node.name = node.name or f"attention{i}"
+            found.append(node.name)
+    return found
 
 
 def _hard_sigmoids(model: ModelProto) -> None:
@@ -154,7 +173,11 @@ def _hard_sigmoids(model: ModelProto) -> None:
             continue
         after = users.get(node.output[0], [])
         reads = users.get(after[0].output[0], []) if len(after) == 1 else []
-        if len(after) != 1 or after[0].op_type != "QuantizeLinear" or {n.op_type for n in reads} != {"DequantizeLinear"}:
+        if (
+            len(after) != 1
+            or after[0].op_type != "QuantizeLinear"
+            or {n.op_type for n in reads} != {"DequantizeLinear"}
+        ):
             continue
         node.op_type = "LeakyRelu"
         del node.attribute[:]
@@ -207,7 +230,7 @@ def _int32_bias(model: ModelProto, gemm: NodeProto, makers: dict[str, NodeProto]
     scales = scale if scale.size > 1 else scale.reshape(())
     model.graph.initializer.append(numpy_helper.from_array(codes.astype(np.int32), name + "_q"))
     model.graph.initializer.append(numpy_helper.from_array(scales, name + "_s"))
-    axis = {"axis": 0} if scales.ndim else {}
+    axis: dict[str, Any] = {"axis": 0} if scales.ndim else {}
     node = onnx.helper.make_node("DequantizeLinear", [name + "_q", name + "_s"], [name + "_d"], **axis)
     model.graph.node.insert(list(model.graph.node).index(gemm), node)
     gemm.input[2] = name + "_d"

@@ -12,6 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,7 +165,7 @@ def spec_of(model: nn.Module) -> InputSpec:
     return InputSpec((channels, int(height), int(width)), mean, std)
 
 
-# ------------------------------------------------------------------------------------------------------------------ pieces
+# --------------------------------------------------------------------------------------------------------------- pieces
 
 
 def _samples(data: Data | None, spec: InputSpec, split: str, count: int) -> np.ndarray:
@@ -201,9 +202,7 @@ def _run_onnx(session: Any, images: np.ndarray, dynamic: bool) -> np.ndarray:
     name = session.get_inputs()[0].name
     cuts = [0, 1, min(3, len(images)), *range(19, len(images), 16), len(images)] if dynamic else range(len(images) + 1)
     cuts = sorted({*cuts})
-    return np.concatenate(
-        [session.run(None, {name: images[a:b]})[0] for a, b in zip(cuts, cuts[1:], strict=False)]
-    )
+    return np.concatenate([session.run(None, {name: images[a:b]})[0] for a, b in pairwise(cuts)])
 
 
 def _tolerance(expected: np.ndarray) -> float:
@@ -288,7 +287,11 @@ def _convert(
                 if dynamic and proto.graph.input[0].type.tensor_type.shape.dim[0].HasField("dim_value"):
                     raise ExportError("the batch size became a constant")
                 some = samples[: 19 if dynamic else 3]
-                diff = float(np.abs(_run_onnx(open_session(proto.SerializeToString()), some, dynamic) - expected[: len(some)]).max())
+                diff = float(
+                    np.abs(
+                        _run_onnx(open_session(proto.SerializeToString()), some, dynamic) - expected[: len(some)]
+                    ).max()
+                )
                 if check and not diff <= _tolerance(expected):
                     worst = _differs(diff, expected)
                     raise ExportError(worst)
@@ -316,9 +319,7 @@ def _int8(
     ready = q.preprocess(graph)
     count = min(CALIBRATION, max(64, int(CALIBRATION_MACS / macs)))
     size = (64 if macs < 1e8 else 16) if dynamic else 1
-    seen = [
-        x for x, _ in batches(data, "train", batch_size=size, limit=count, shuffle=True, spec=spec)
-    ]
+    seen = [x for x, _ in batches(data, "train", batch_size=size, limit=count, shuffle=True, spec=spec)]
     plans: list[tuple[str, ...] | None] = [q.PRODUCTS] if q.is_transformer(graph) else [None, q.PRODUCTS]
     best: tuple[float, ModelProto] | None = None
     for ops in plans:
@@ -330,7 +331,7 @@ def _int8(
         if agreement >= 0.95:
             break
     assert best is not None
-    notes = ()
+    notes: tuple[str, ...] = ()
     if best[0] < 0.9:
         notes = (f"int8 changes the best class of {1 - best[0]:.0%} of the images; the model does not quantize well",)
     return best[1], notes
@@ -352,9 +353,7 @@ def _finish(graph: ModelProto, spec: InputSpec, labels: Sequence[str] | None) ->
     return graph.SerializeToString()
 
 
-def _accuracy(
-    session: Any, data: Data, split: str, spec: InputSpec, dynamic: bool, limit: int | None
-) -> float | None:
+def _accuracy(session: Any, data: Data, split: str, spec: InputSpec, dynamic: bool, limit: int | None) -> float | None:
     right = seen = 0
     for images, labels in batches(data, split, batch_size=64, limit=limit, spec=spec):
         outputs = _run_onnx(session, images, dynamic)
