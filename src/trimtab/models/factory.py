@@ -164,7 +164,7 @@ def _tell_input(model: nn.Module, in_chans: int | None, size: tuple[int, int] | 
     cfg = getattr(model, "pretrained_cfg", None)
     if isinstance(cfg, Mapping) and cfg.get("input_size"):
         channels, *native = cfg["input_size"]
-        model.pretrained_cfg = {**cfg, "input_size": (in_chans or channels, *(size or native))}
+        vars(model)["pretrained_cfg"] = {**cfg, "input_size": (in_chans or channels, *(size or native))}
 
 
 def _fit_first_conv(model: nn.Module, state: dict[str, Tensor], want: Mapping[str, Tensor]) -> dict[str, Tensor]:
