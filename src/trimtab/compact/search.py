@@ -29,10 +29,10 @@ class Rung:
 def schedule(seconds: float, available: int, *, least: float) -> list[Rung]:
     """Rungs that use `seconds` in all, start with as many candidates as get `least` seconds each, and end with two.
 
-    >>> schedule(300, 8, least=20)
-    [Rung(count=8, seconds=20.0), Rung(count=3, seconds=46.666666666666664)]
+    >>> schedule(310, 8, least=20)
+    [Rung(count=8, seconds=20), Rung(count=3, seconds=50.0)]
     >>> schedule(10, 8, least=20)
-    [Rung(count=1, seconds=10.0)]
+    [Rung(count=1, seconds=10)]
     """
     count = min(available, int(seconds // least))
     while count > 1:
