@@ -101,7 +101,9 @@ def test_different_factorisations_of_one_size_agree_index_by_index() -> None:
     assert parts(ledger, b[0].labels)[0] == [i // 2 for i in range(12)]
 
 
-@pytest.mark.parametrize(("have", "want"), [((2, 12), (2, 3, 4)), ((2, 3, 4), (6, 4)), ((1, 6, 1), (6,)), ((6,), (1, 2, 3, 1))])
+@pytest.mark.parametrize(
+    ("have", "want"), [((2, 12), (2, 3, 4)), ((2, 3, 4), (6, 4)), ((1, 6, 1), (6,)), ((6,), (1, 2, 3, 1))]
+)
 def test_reshape_keeps_the_sizes(have: tuple[int, ...], want: tuple[int, ...]) -> None:
     ledger = Ledger()
     value = tuple(dim(ledger, n) if n > 1 else () for n in have)

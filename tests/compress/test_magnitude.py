@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -56,7 +57,8 @@ def test_the_budget_is_met_after_rounding() -> None:
 
 
 def test_an_unreachable_budget_says_how_near_it_came() -> None:
-    with pytest.raises(BudgetError, match=r"macs<=100 cannot be met: with the fewest channels allowed macs is .* \(\d+ % of"):
+    words = r"macs<=100 cannot be met: with the fewest channels allowed macs is .* \(\d+ % of the model\)"
+    with pytest.raises(BudgetError, match=words):
         magnitude(nets.Residual(), SIZE, budget="macs<=100")
 
 
@@ -92,7 +94,7 @@ def test_choices_are_nested() -> None:
     graph = ChannelGraph(nets.Transformer(), nets.image())
     order = Order(graph, graph.norms(), scope="global", round_to=4, min_keep=0.1)
     masks = [order.mask(n) for n in range(order.levels + 1)]
-    assert all((b <= a).all() for a, b in zip(masks, masks[1:], strict=False))
+    assert all((b <= a).all() for a, b in itertools.pairwise(masks))
     assert [graph.macs(m) for m in masks] == sorted((graph.macs(m) for m in masks), reverse=True)
 
 

@@ -1,7 +1,8 @@
 """The channel graph: which channels of any model may be cut, and how to cut them.
 
 >>> import torch
->>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 1))
+>>> from torch import nn
+>>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
 >>> graph = ChannelGraph(net, torch.zeros(1, 3, 8, 8))
 >>> [(g.size, g.producers, g.consumers) for g in graph.groups]
 [(8, (('0.weight', 0), ('0.bias', 0), ('1.weight', 0), ('1.bias', 0)), (('3.weight', 1),))]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,10 +84,6 @@ class ChannelGraph:
         """Parameter dimensions in which nothing can be cut."""
         return [(a.tensor, a.dim) for a in self._walk.axes if a.parameter and not (self.unit_of[a.labels] >= 0).any()]
 
-    @functools.cached_property
-    def macs_full(self) -> int:
-        return self.macs(None)
-
     def positions(self, group: int | Group) -> dict[tuple[str, int], NDArray[np.int64]]:
         """For each member of a group, which unit of the group each index belongs to; -1 for other indices."""
         g = self.groups[group] if isinstance(group, int) else group
@@ -114,11 +109,11 @@ class ChannelGraph:
             for number, chosen in keep.items():
                 if number not in range(len(self.groups)):
                     raise ValueError(f"group must be in [0, {len(self.groups)}), got {number}")
-                g, chosen = self.groups[number], np.asarray(list(chosen), np.int64)
-                if len(chosen) and not (0 <= chosen.min() and chosen.max() < g.size):
-                    raise ValueError(f"units of group {number} must be in [0, {g.size}), got {chosen.tolist()}")
+                g, stay = self.groups[number], np.asarray(list(chosen), np.int64)
+                if ((stay < 0) | (stay >= g.size)).any():
+                    raise ValueError(f"units of group {number} must be in [0, {g.size}), got {stay.tolist()}")
                 mask[g.units] = False
-                mask[g.units[chosen]] = True
+                mask[g.units[stay]] = True
         for g in self.groups:
             if not mask[g.units].any():
                 raise ValueError(f"at least one unit of group {g.id} ({g.members[0][0]}) must be kept")
@@ -132,7 +127,7 @@ class ChannelGraph:
 
     def params(self, keep: Keep | Mask | None) -> int:
         """Number of parameters with only `keep`."""
-        return self._counter.params(self.mask(keep))
+        return self._counter.params(self.mask(keep)) + self._other_params
 
     # -- importance ----------------------------------------------------------------------------------------------------
 
@@ -276,6 +271,8 @@ class ChannelGraph:
         self.groups, self._roles = self._group()
         self._batch = max(1, next(iter((*self.args, *self.kwargs.values()))).shape[0])
         self._counter = Counter(self._walk, self.unit_of)
+        total = sum(p.numel() for p in self.model.parameters())
+        self._other_params = total - self._counter.params(np.ones(self.units, bool))  # no dimension, or not run
 
     def _group(self) -> tuple[list[Group], list[str]]:
         """Group units by the axes they touch; groups of one unit cannot be cut and are dropped."""
@@ -313,12 +310,19 @@ class ChannelGraph:
             made = [i for i in at if roles[i] == "producers"]
             width = max((int((self.unit_of[axes[i].labels] == mine[0]).sum()) for i in made or at), default=1)
             names = {r: tuple((axes[i].tensor, axes[i].dim) for i in at if roles[i] == r) for r in set(roles)}
+            across = bool(spans[mine].any())
             groups.append(
                 Group(
-                    number, len(mine), tuple((axes[i].tensor, axes[i].dim) for i in at), names.get("producers", ()),
-                    names.get("consumers", ()), width, bool(spans[mine].any()),
-                    not bool(spans[mine].any() or leaks[mine].any()), mine,
-                )  # fmt: skip
+                    id=number,
+                    size=len(mine),
+                    members=tuple((axes[i].tensor, axes[i].dim) for i in at),
+                    producers=names.get("producers", ()),
+                    consumers=names.get("consumers", ()),
+                    width=width,
+                    norm_spans=across,
+                    zero_invariant=not across and not bool(leaks[mine].any()),
+                    units=mine,
+                )
             )
         return groups, roles
 

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from trimtab.compress.graph.walk import Walk
 
 
+_Products = tuple[NDArray[np.int64], NDArray[np.int64]]  # see Counter._products
+
+
 class Counter:
     """Multiply-accumulates and parameters as sums of products of kept sizes."""
 
@@ -23,8 +26,6 @@ class Counter:
         parameters = {a.tensor for a in walk.axes if a.parameter}
         self._macs = self._products([dims for _, dims in walk.products])
         self._params = self._products([list(dims) for name, dims in walk.shapes.items() if name in parameters])
-        # Parameters without an axis (size 1 everywhere) are counted once.
-        self._rest = 0
         lengths = [len(u) for u in self._units]
         self._flat = np.concatenate([*self._units, np.empty(0, np.int64)]).astype(np.int64)
         self._starts = np.cumsum([0, *lengths[:-1]]) if lengths else np.empty(0, np.int64)
@@ -33,13 +34,13 @@ class Counter:
         return self._sum(self._macs, mask)
 
     def params(self, mask: NDArray[np.bool_]) -> int:
-        return self._sum(self._params, mask) + self._rest
+        return self._sum(self._params, mask)
 
     def each_macs(self, mask: NDArray[np.bool_]) -> NDArray[np.int64]:
         """Of every product, in the order of the walk."""
         return self._each(self._macs, mask)
 
-    def _products(self, products: list[list[Dim]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _products(self, products: list[list[Dim]]) -> _Products:
         """Constant parts, and numbers of the label arrays of each product, padded with -1."""
         constants, rows = [], []
         for dims in products:
@@ -58,7 +59,7 @@ class Counter:
         table = np.array([r + [-1] * (width - len(r)) for r in rows], np.int64).reshape(len(rows), width)
         return np.array(constants, np.int64), table
 
-    def _each(self, products: tuple[NDArray[np.int64], NDArray[np.int64]], mask: NDArray[np.bool_]) -> NDArray[np.int64]:
+    def _each(self, products: _Products, mask: NDArray[np.bool_]) -> NDArray[np.int64]:
         constants, table = products
         if not len(self._units):
             return constants
@@ -66,5 +67,5 @@ class Counter:
         sizes = np.append(np.add.reduceat(stays.astype(np.int64), self._starts), 1)
         return constants * sizes[table].prod(axis=1)
 
-    def _sum(self, products: tuple[NDArray[np.int64], NDArray[np.int64]], mask: NDArray[np.bool_]) -> int:
+    def _sum(self, products: _Products, mask: NDArray[np.bool_]) -> int:
         return int(self._each(products, mask).sum())

@@ -8,7 +8,7 @@ turns the statements into components, the sets of indices that live or go as one
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -52,6 +52,11 @@ def constant(shape: Sequence[int]) -> Value:
 
 def labelled(dim: Dim) -> bool:
     return any(f.labels is not None for f in dim)
+
+
+def arrays(*dims: Dim) -> Iterator[Labels]:
+    """The labels of every factor that has some."""
+    return (f.labels for dim in dims for f in dim if f.labels is not None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +104,7 @@ class Ledger:
         self._marks["block"].append(labels)
 
     def spans(self, labels: Labels) -> None:
-        """Something without weights looks across these indices (a layer norm, a softmax): cutting changes its result."""
+        """Something without weights looks across these indices (a layer norm, a softmax): a cut changes its result."""
         self._marks["spans"].append(labels)
 
     def leaks(self, labels: Labels) -> None:

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from trimtab.compress.graph.reference import constants
-from trimtab.compress.graph.trace import evaluating, module_of
+from trimtab.compress.graph.trace import module_of
+from trimtab.compress.graph.verify import Expected, Outcome, run_beside, scrambled
 from trimtab.compress.graph.walk import Follow
 from trimtab.core.edit import Edit, SetAttr, apply
 from trimtab.core.errors import SurgeryError
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 Name = tuple[str, str]  # module, attribute
 MAX_TRIALS = 24
-TOLERANCE = 1e-3  # relative to the largest value of a tensor; a wrong integer is wrong by far more
 
 
 class Refused(SurgeryError):
@@ -55,7 +55,10 @@ def attributes(graph: ChannelGraph, mask: NDArray[np.bool_], narrow: Sequence[Ed
     """
     changes = _changes(graph, mask)
     model = scrambled(graph.model, seed)
-    expected = _Expected.of(graph, mask, model, seed)
+    expected = Expected.of(graph, mask, model, seed)
+    if not all(bool(torch.isfinite(t).all()) for t in expected.outputs):  # random weights do not suit it
+        model = copy.deepcopy(graph.model)
+        expected = Expected.of(graph, mask, model, seed)
     apply(model, narrow)
     search = _Search(graph, mask, model, expected, changes)
     return search.run()
@@ -105,8 +108,7 @@ def _changes(graph: ChannelGraph, mask: NDArray[np.bool_]) -> dict[str, _Change]
     before = constants(graph._walk.follows, lambda labels: graph.kept(labels, full))
     after = constants(graph._walk.follows, lambda labels: graph.kept(labels, mask))
     for (follow, old), (_, new) in zip(before, after, strict=True):
-        path = module_of(follow.node)
-        change = changes[path[-1] if path else ""]
+        change = changes[_innermost(follow.node)]
         if isinstance(follow.argument, int) and follow.target is not None:  # split by one size
             change.add(old[0], new[0])
         change.add(old, new)
@@ -144,116 +146,12 @@ def _standard(module: nn.Module, change: _Change | None) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what must come out
-
-
-def scrambled(model: nn.Module, seed: int) -> nn.Module:
-    """A copy with random weights of sensible scale: nothing is zero, so every branch shows in the output."""
-    g = torch.Generator().manual_seed(seed)
-    model = copy.deepcopy(model)
-    with torch.no_grad():
-        for name, p in [*model.named_parameters(), *model.named_buffers()]:
-            if not p.is_floating_point() or p.numel() == 0:
-                continue
-            buffer = not isinstance(p, nn.Parameter)
-            if buffer and not name.endswith(("running_mean", "running_var")):
-                continue
-            if name.endswith("running_var") or (p.dim() == 1 and not name.endswith("bias") and not buffer):
-                value = torch.rand(p.shape, generator=g) + 0.5
-            elif p.dim() > 1:
-                value = torch.randn(p.shape, generator=g) * (p[0].numel() ** -0.5 if p.shape[0] > 1 else 0.2)
-            else:
-                value = torch.randn(p.shape, generator=g) * 0.1
-            p.copy_(value.to(p))
-    return model
-
-
-@dataclass
-class _Expected:
-    """What the narrowed graph gives: its outputs, and the outputs of every call of the leaf modules with weights."""
-
-    args: tuple[Tensor, ...]
-    kwargs: dict[str, Tensor]
-    outputs: list[Tensor]
-    leaves: dict[str, list[Tensor]]
-    order: list[tuple[int, str]]  # position in the graph and name of each leaf call
-
-    @classmethod
-    def of(cls, graph: ChannelGraph, mask: NDArray[np.bool_], model: nn.Module, seed: int) -> _Expected:
-        g = torch.Generator().manual_seed(seed + 1)
-
-        def noise(t: Tensor) -> Tensor:
-            return torch.randn(t.shape, generator=g).to(t) if t.is_floating_point() else t
-
-        args = tuple(map(noise, graph.args))
-        kwargs = {k: noise(t) for k, t in graph.kwargs.items()}
-        reference = graph.reference(mask, model=model)
-        leaf = {n for n, m in model.named_modules() if not any(m.children()) and any(True for _ in m.parameters())}
-        recorder = _Recorder(reference, leaf)
-        with torch.no_grad():
-            out = recorder.run(*args, *kwargs.values())
-        return cls(args, kwargs, tensors_of(out), recorder.leaves, recorder.order)
-
-
-class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps what each call of a leaf module gave: the last of its run of nodes."""
-
-    def __init__(self, module: fx.GraphModule, leaf: set[str]) -> None:
-        super().__init__(module)
-        self.leaves: dict[str, list[Tensor]] = defaultdict(list)
-        self.order: list[tuple[int, str]] = []
-        self._leaf, self._last, self._position = leaf, "", 0
-
-    def run_node(self, n: fx.Node) -> Any:
-        out = super().run_node(n)
-        if n.op == "call_function":
-            self._position += 1
-            path = module_of(n)
-            name = path[-1] if path else ""
-            if name in self._leaf and isinstance(out, Tensor):
-                if self._last == name and self.leaves[name]:
-                    self.leaves[name][-1] = out
-                else:
-                    self.leaves[name].append(out)
-                    self.order.append((self._position, name))
-            self._last = name
-        return out
-
-
-def tensors_of(out: Any) -> list[Tensor]:
-    return [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor)]
-
-
-def close(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape:
-        return False
-    if not a.is_floating_point():
-        return True
-    a, b = torch.nan_to_num(a.double()), torch.nan_to_num(b.double())
-    return bool((a - b).abs().max() <= TOLERANCE * max(float(b.abs().max()), 1e-6)) if a.numel() else True
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # the search
-
-
-class _Stop(Exception):
-    """A leaf gave something else."""
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    """How far a run came: leaf calls that agreed, and the modules running where it went wrong (outermost first)."""
-
-    ok: bool
-    progress: int
-    stack: tuple[str, ...] = ()
-    reason: str = ""
 
 
 class _Search:
     def __init__(
-        self, graph: ChannelGraph, mask: NDArray[np.bool_], model: nn.Module, expected: _Expected,
+        self, graph: ChannelGraph, mask: NDArray[np.bool_], model: nn.Module, expected: Expected,
         changes: Mapping[str, _Change],
     ) -> None:  # fmt: skip
         self.graph, self.mask, self.model, self.expected, self.changes = graph, mask, model, expected, changes
@@ -306,7 +204,7 @@ class _Search:
         prefix = path + "." if path else ""
         return [n for n in self.modules if n.startswith(prefix) and n != path and n not in self.ran]
 
-    def _improve(self, at: _Outcome) -> _Outcome | None:
+    def _improve(self, at: Outcome) -> Outcome | None:
         """Other values for attributes of the modules that were running where it went wrong, nearest first."""
         trials = 0
         for path in self._suspects(at):
@@ -325,20 +223,24 @@ class _Search:
                     return None
         return None
 
-    def _between(self, at: _Outcome) -> list[Follow]:
-        """Constants that changed between the last leaf call that agreed and the one that did not."""
+    def _between(self, at: Outcome) -> list[Follow]:
+        """Constants that changed between the last leaf call that agreed and the next, which did not."""
         calls = self.expected.order
         start = calls[at.progress - 1][0] if 0 < at.progress <= len(calls) else 0
-        end = calls[at.progress][0] if at.progress < len(calls) else len(self.position)
+        end, leaf = calls[at.progress] if at.progress < len(calls) else (len(self.position), "")
         changed = {f for c in self.changes.values() for f in c.follows}
-        return [f for f in self.graph._walk.follows if f in changed and start < self.position[f.node] <= end]
+        return [
+            f
+            for f in self.graph._walk.follows
+            if f in changed and start < self.position[f.node] <= end and _innermost(f.node) != leaf
+        ]
 
-    def _suspects(self, at: _Outcome) -> list[str]:
+    def _suspects(self, at: Outcome) -> list[str]:
         """Modules to change, the likeliest first: those whose constants changed just there, then those running."""
-        near = [path[-1] for f in reversed(self._between(at)) if (path := module_of(f.node))]
-        return list(dict.fromkeys([*near, *reversed(at.stack[-3:])]))
+        near = [_innermost(f.node) for f in reversed(self._between(at))]
+        return list(dict.fromkeys([*near, *reversed(at.stack)]))
 
-    def _after_learning(self, outcome: _Outcome) -> _Outcome:
+    def _after_learning(self, outcome: Outcome) -> Outcome:
         again = self._try()
         return again if again.ok or again.progress >= outcome.progress else outcome
 
@@ -355,25 +257,23 @@ class _Search:
             todo.append((name, new == self.original[module, name]))
         later = list(self.modules)[list(self.modules).index(path) + 1 :]
         for other in later:
-            if type(self.modules[other]) is not type(source) or other not in self.changes:
+            if type(self.modules[other]) is not type(source):
                 continue
             for name, back in todo:
                 value = getattr(self.modules[other], name, None)
                 if back and (other, name) in self.original:
                     self._set((other, name), self.original[other, name])
-                elif not back and (options := self._merged(other).options(self.original.get((other, name), value))):
+                elif not back and (options := self._options(other, self.original.get((other, name), value))):
                     self._set((other, name), options[0])
 
     def _alternatives(self, path: str) -> Iterator[tuple[list[Name], list[Any]]]:
         """Assignments that differ from the present one in few attributes of `path`."""
-        change = self._merged(path)
         names: list[Name] = []
         choices: list[list[Any]] = []
         for owner in (path, *self._silent(path)[:8]):
             for name, value in _integers(self.modules[owner]):
                 original = self.original.get((owner, name), value)
-                options = [original, *change.options(original)]
-                options += [s for s in [self._shape_option(path, original)] if s is not None and s not in options]
+                options = [original, *self._options(path, original)]
                 if len(options) > 1:
                     names.append((owner, name))
                     choices.append(options)
@@ -384,70 +284,48 @@ class _Search:
                 for values in itertools.product(*others):
                     yield [names[i] for i in picked], list(values)
 
-    def _merged(self, path: str) -> _Change:
-        """Constants that changed in a module or in what it contains."""
+    def _options(self, path: str, value: Any) -> list[Any]:
+        """What an attribute of a module may become, judged by everything that changed in it or below it."""
         merged = _Change()
         prefix = path + "." if path else ""
         for other, change in self.changes.items():
             if other == path or other.startswith(prefix):
-                for a, found in change.pairs.items():
-                    for b, n in found.items():
+                for a, counts in change.pairs.items():
+                    for b, n in counts.items():
                         merged.pairs[a][b] += n
                 merged.lists.update(change.lists)
-        return merged
+        found: list[Any] = [self._sizes_option(path, value), *merged.options(value), *self._shape_options(path, value)]
+        if isinstance(value, int) and not isinstance(value, bool):  # what is divided before it is used
+            multiples = [(a, b) for a, new in merged.pairs.items() if a > 1 and value % a == 0 for b in new if a != b]
+            found += [value // a * b for a, b in multiples]
+        return [o for i, o in enumerate(found) if o is not None and o not in found[:i]]
 
-    def _shape_option(self, path: str, value: Any) -> int | None:
-        """A size of a parameter below `path` that changed from this value."""
-        if isinstance(value, bool) or not isinstance(value, int):
+    def _sizes_option(self, path: str, value: Any) -> tuple[int, ...] | None:
+        """A list that holds the sizes of consecutive weights below `path`, such as the parts of a split."""
+        if not isinstance(value, list | tuple) or len(value) < 2:
             return None
         prefix = path + "." if path else ""
-        for axis in self.graph._walk.axes:
-            if axis.tensor.startswith(prefix) and len(axis.labels) == value:
-                new = self.graph.kept(axis.labels, self.mask)
-                if new != value:
-                    return new
+        for d in (0, 1):
+            axes = [a for a in self.graph._walk.axes
+                    if a.dim == d and a.tensor.startswith(prefix) and a.tensor.endswith("weight")]  # fmt: skip
+            for i in range(len(axes) - len(value) + 1):
+                if [len(a.labels) for a in axes[i : i + len(value)]] == list(value):
+                    new = tuple(self.graph.kept(a.labels, self.mask) for a in axes[i : i + len(value)])
+                    if new != tuple(value):
+                        return new
         return None
 
-    def _try(self) -> _Outcome:
-        """Run the module beside the graph until they part."""
-        calls: dict[str, int] = defaultdict(int)
-        progress, running, reason = 0, [], ""
-        names = {m: n for n, m in self.modules.items()}
+    def _shape_options(self, path: str, value: Any) -> list[int]:
+        """What became of parameter sizes below `path` that were this value; at most three."""
+        if isinstance(value, bool) or not isinstance(value, int):
+            return []
+        prefix = path + "." if path else ""
+        axes = (a for a in self.graph._walk.axes if len(a.labels) == value and a.tensor.startswith(prefix))
+        sizes = dict.fromkeys(self.graph.kept(a.labels, self.mask) for a in axes)
+        return [n for n in sizes if n != value][:3]
 
-        def enter(module: nn.Module, *_: Any) -> None:
-            running.append(names[module])
-
-        def leave(module: nn.Module, _: Any, out: Any) -> None:
-            nonlocal progress, reason
-            name = names[module]
-            want = self.expected.leaves.get(name)
-            i = calls[name]
-            calls[name] += 1
-            if want is not None and i < len(want) and isinstance(out, Tensor) and not any(module.children()):
-                if not close(out, want[i]):
-                    reason = f"{name} gives shape {tuple(out.shape)}, expected {tuple(want[i].shape)}"
-                    if out.shape == want[i].shape:
-                        reason = f"{name} gives other values"
-                    raise _Stop
-                progress += 1
-            running.pop()
-
-        hooks = [h for m in self.modules.values()
-                 for h in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]  # fmt: skip
-        try:
-            with torch.no_grad(), evaluating(self.model):
-                out = self.model(*self.expected.args, **self.expected.kwargs)
-        except _Stop:
-            return _Outcome(False, progress, tuple(running), reason)
-        except Exception as e:
-            first = (str(e).strip().splitlines() or [type(e).__name__])[0]
-            return _Outcome(False, progress, tuple(running), first)
-        finally:
-            for h in hooks:
-                h.remove()
-        got = tensors_of(out)
-        same = len(got) == len(self.expected.outputs) and all(map(close, got, self.expected.outputs))
-        return _Outcome(same, progress + same, ("",), "" if same else "the output differs")
+    def _try(self) -> Outcome:
+        return run_beside(self.model, self.expected)
 
     def _cosmetic(self) -> None:
         """The width that the model announces (timm's num_features), so that a new classifier fits."""
@@ -469,11 +347,11 @@ class _Search:
     def _name_of(self, module: nn.Module) -> str:
         return next(n for n, m in self.modules.items() if m is module)
 
-    def _refuse(self, at: _Outcome) -> None:
+    def _refuse(self, at: Outcome) -> None:
         """Name the nearest module with its own part in the cut, and the units that take part there."""
         path, units = "", np.empty(0, np.int64)
         for follow in reversed(self._between(at)):
-            path, units = (module_of(follow.node) or ("",))[-1], self._units(list(_labels(follow.template)))
+            path, units = _innermost(follow.node), self._units(list(_labels(follow.template)))
             if len(units):
                 break
         for running in () if len(units) else reversed(at.stack):
@@ -496,6 +374,10 @@ class _Search:
         gone = {g.id for g in self.graph.groups if not self.mask[g.units].all()}
         alive = [g.units for g in self.graph.groups if g.id in gone and np.isin(g.units, unit).any()]
         return np.concatenate(alive) if alive else np.empty(0, np.int64)
+
+
+def _innermost(node: fx.Node) -> str:
+    return (module_of(node) or ("",))[-1]
 
 
 def _labels(template: Any) -> Iterator[Any]:

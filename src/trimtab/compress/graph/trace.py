@@ -47,6 +47,12 @@ def trace(model: nn.Module, example: tuple[Tensor, ...], kwargs: Mapping[str, Te
     except Exception as e:
         first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise SurgeryError(f"{type(model).__name__} cannot be traced by torch.export: {first}") from e
+    # A module that is reachable by several names goes by the first.
+    first = {id(m): name for name, m in model.named_modules()}
+    alias = {name: first[id(m)] for name, m in model.named_modules(remove_duplicate=False)}
+    for node in program.graph.nodes:
+        stack = node.meta.get("nn_module_stack") or {}
+        node.meta["modules"] = tuple(alias[str(path)] for path, _ in stack.values() if str(path) in alias)
     signature = program.graph_signature
     names, constants, inputs = {}, {}, []
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
@@ -76,8 +82,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def module_of(node: fx.Node) -> tuple[str, ...]:
     """Names of the modules whose forward was running when the node was made, outermost first; "" is the model."""
-    stack = node.meta.get("nn_module_stack") or {}
-    return tuple(str(path) for path, _ in stack.values())
+    return node.meta.get("modules", ())
 
 
 def input_shapes(example: Any) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:

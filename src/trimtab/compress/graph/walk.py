@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,7 +94,7 @@ class Walk:
 
     def _call(self, node: fx.Node) -> Any:
         self.node = node
-        target = node.target
+        target: Any = node.target
         self.name = target._schema.name.split("::")[-1] if hasattr(target, "_schema") else target.__name__
         args = fx.node.map_arg(node.args, lambda n: self.values.get(n))
         kwargs = fx.node.map_arg(node.kwargs, lambda n: self.values.get(n))
@@ -116,7 +116,8 @@ class Walk:
     @property
     def out_shapes(self) -> list[tuple[int, ...]]:
         val = self.node.meta["val"]
-        return [tuple(v.shape) if isinstance(v, Tensor) else () for v in (val if isinstance(val, list | tuple) else [val])]
+        values = val if isinstance(val, list | tuple) else [val]
+        return [tuple(v.shape) if isinstance(v, Tensor) else () for v in values]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -135,15 +136,19 @@ class Walk:
         """A constant argument by its name in the operator's schema."""
         if name in self.node.kwargs:
             return self.node.kwargs[name]
-        for i, a in enumerate(self.node.target._schema.arguments):
-            if a.name == name:
+        for i, a in enumerate(self._schema_names()):
+            if a == name:
                 return self.node.args[i] if i < len(self.node.args) else default
         return default
+
+    def _schema_names(self) -> list[str]:
+        target: Any = self.node.target
+        return [a.name for a in target._schema.arguments]
 
     def follow(self, argument: int | str, template: Template, target: Any = None) -> None:
         """Say that a constant argument of this node follows from labels."""
         if isinstance(argument, str):
-            names = [a.name for a in self.node.target._schema.arguments]
+            names = self._schema_names()
             if argument not in names:
                 return
             position = names.index(argument)
@@ -192,7 +197,7 @@ def _plain(args: Any) -> Any:
     return fx.node.map_arg(args, lambda n: "t")
 
 
-def evaluate(template: Template, size: Mapping[int, int] | Any) -> Any:
+def evaluate(template: Template, size: Callable[[Factor], int]) -> Any:
     """A template's value, `size` giving the number of labels kept in a factor."""
     if isinstance(template, int):
         return template

@@ -1,8 +1,8 @@
 """Magnitude pruning: channels whose weights are small go first. The baseline for every other pruner.
 
-The importance of a unit is the L1 or L2 norm of everything that goes with it: rows, biases, norm scales, and the columns
-of the layers that read it (Li et al., "Pruning Filters for Efficient ConvNets", arXiv 1608.08710, on coupled groups as in
-DepGraph, arXiv 2301.12900). No training is done here; fine-tune the result.
+The importance of a unit is the L1 or L2 norm of everything that goes with it: rows, biases, norm scales, and the
+columns of the layers that read it (Li et al., "Pruning Filters for Efficient ConvNets", arXiv 1608.08710, on coupled
+groups as in DepGraph, arXiv 2301.12900). No training is done here; fine-tune the result.
 """
 
 from __future__ import annotations

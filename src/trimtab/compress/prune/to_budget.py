@@ -73,26 +73,45 @@ def prune_to(
 def _link(graph: ChannelGraph, refused: Refused) -> bool:
     """Whether the groups that meet in a module can be cut when all keep the same share; then link them.
 
-    Modules of the same class are linked alike, if that works too.
+    Modules of the same class are linked alike, and those of other classes that turn out to need it too (window and
+    channel attention on one residual stream), if that works; else this module alone.
     """
     modules = dict(graph.model.named_modules())
-    alike = [n for n, m in modules.items() if type(m) is type(modules[refused.module])]
-    together = {tuple(sorted(s)) for s in graph.linked()}
-    for names in (alike, [refused.module]):
-        sets = [s for s in (graph.inside(n) for n in names) if len(s) > 1 and tuple(sorted(s)) not in together]
-        if refused.module == "" or not sets:
-            continue
-        trial = {i: range(max(1, graph.groups[i].size // 2)) for s in sets for i in s}
-        if any(graph.groups[i].size % 2 for i in trial):
-            continue
-        try:
-            graph.edits(trial)
-        except Refused:
-            continue
-        for s in sets:
-            graph.link(s)
-        return True
-    return False
+    if refused.module == "" or not any(modules[refused.module].children()):
+        return False
+    classes = {type(modules[refused.module])}
+    for _ in range(4):
+        other = _link_inside(graph, [n for n, m in modules.items() if type(m) in classes])
+        if other is None:
+            return True
+        cls = type(modules[other.module])
+        if other.module == "" or cls in classes or not any(modules[other.module].children()):
+            break
+        classes.add(cls)
+    return _link_inside(graph, [refused.module]) is None
+
+
+def _link_inside(graph: ChannelGraph, names: Sequence[str]) -> Refused | None:
+    """Link the groups inside each of these modules if cutting them in step works, or say why it does not."""
+    joined: list[set[int]] = []
+    for new in (set(graph.inside(n)) for n in names):
+        if len(new) > 1:
+            touching = [s for s in joined if s & new]
+            joined = [s for s in joined if not s & new] + [new.union(*touching)]
+    trial: dict[int, range] = {}
+    for s in joined:
+        steps = math.gcd(*(graph.groups[i].size for i in s))
+        trial |= {i: range(graph.groups[i].size // steps * ((steps + 1) // 2)) for i in s if steps > 1}
+    linked = [set(s) for s in graph.linked()]
+    if not trial or all(s in linked for s in joined):
+        return Refused("there is nothing to link", "", np.empty(0, np.int64))
+    try:
+        graph.edits(trial)
+    except Refused as refused:
+        return refused
+    for s in joined:
+        graph.link(s)
+    return None
 
 
 class Order:
@@ -169,15 +188,14 @@ def search(graph: ChannelGraph, order: Order, bounds: Budget) -> Mask:
     def weigh(mask: Mask) -> Any:
         return _measure(graph, mask, measured)
 
-    low = _bisect(lambda level: closed.check(count(order.mask(level))).ok, 0, order.levels)
-    if low is None:
-        _unreachable(closed, count(order.mask(order.levels)), graph)
+    level = _bisect(lambda n: closed.check(count(order.mask(n))).ok, 0, order.levels)
+    if level is None:
+        raise _unreachable(closed, count(order.mask(order.levels)), graph)
     if measured.clauses:
-        level = _bisect(lambda n: measured.check(weigh(order.mask(n))).ok, low, order.levels)
+        level = _bisect(lambda n: measured.check(weigh(order.mask(n))).ok, level, order.levels)
         if level is None:
-            _unreachable(measured, weigh(order.mask(order.levels)), graph)
-        low = level
-    return order.mask(low)
+            raise _unreachable(measured, weigh(order.mask(order.levels)), graph)
+    return order.mask(level)
 
 
 def _bisect(good: Callable[[int], bool], low: int, high: int) -> int | None:
@@ -214,7 +232,7 @@ def _cost(model: nn.Module, graph: ChannelGraph, what: Sequence[str]) -> dict[st
     return measure(model, example, what=what).asdict()
 
 
-def _unreachable(bounds: Budget, least: dict[str, Any], graph: ChannelGraph) -> None:
+def _unreachable(bounds: Budget, least: dict[str, Any], graph: ChannelGraph) -> BudgetError:
     full = {"macs": graph.macs(None), "params": graph.params(None)}
     parts = []
     for row in bounds.check(least).rows:
@@ -224,4 +242,4 @@ def _unreachable(bounds: Budget, least: dict[str, Any], graph: ChannelGraph) -> 
                 f"{row.name}<={format_value(row.name, row.limit)} cannot be met: with the fewest channels allowed "
                 f"{row.name} is {format_value(row.name, row.value)}{share}"
             )
-    raise BudgetError("; ".join(parts) + "; lower min_keep or round_to, or choose a smaller model")
+    return BudgetError("; ".join(parts) + "; lower min_keep or round_to, or choose a smaller model")
