@@ -113,7 +113,8 @@ def _huggingface(name: str, size: int) -> Any:
     from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    config = CONFIG_MAPPING[name.replace("_", "-") if name.replace("_", "-") in CONFIG_MAPPING else name]()
+    known: Any = CONFIG_MAPPING
+    config = known[name.replace("_", "-") if name.replace("_", "-") in known else name]()
     for key in ("image_size", "input_size"):
         if isinstance(getattr(config, key, None), int):
             setattr(config, key, size)

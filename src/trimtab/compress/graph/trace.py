@@ -45,8 +45,8 @@ def trace(model: nn.Module, example: tuple[Tensor, ...], kwargs: Mapping[str, Te
             program = torch.export.export(model, example, dict(kwargs), strict=False)
             program = program.run_decompositions({})
     except Exception as e:
-        first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise SurgeryError(f"{type(model).__name__} cannot be traced by torch.export: {first}") from e
+        why = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise SurgeryError(f"{type(model).__name__} cannot be traced by torch.export: {why}") from e
     # A module that is reachable by several names goes by the first.
     first = {id(m): name for name, m in model.named_modules()}
     alias = {name: first[id(m)] for name, m in model.named_modules(remove_duplicate=False)}
