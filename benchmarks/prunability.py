@@ -113,8 +113,9 @@ def _huggingface(name: str, size: int) -> Any:
     from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    known: Any = CONFIG_MAPPING
-    config = known[name.replace("_", "-") if name.replace("_", "-") in known else name]()
+    kind = name.replace("_", "-")
+    make: Any = CONFIG_MAPPING[kind if kind in CONFIG_MAPPING else name]
+    config = make()
     for key in ("image_size", "input_size"):
         if isinstance(getattr(config, key, None), int):
             setattr(config, key, size)
