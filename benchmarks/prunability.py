@@ -110,7 +110,7 @@ def _torchvision(name: str, size: int) -> Any:
 
 def _huggingface(name: str, size: int) -> Any:
     """The architecture's default configuration, made small where the default is huge; images of `size`."""
-    from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+    from transformers import AutoModelForImageClassification
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = name.replace("_", "-")
@@ -121,8 +121,7 @@ def _huggingface(name: str, size: int) -> Any:
             setattr(config, key, size)
     if getattr(config, "num_hidden_layers", 0) in range(7, 100) and name not in ("resnet", "regnet"):
         config.num_hidden_layers = 4
-    cls = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
-    return (cls[0] if isinstance(cls, list | tuple) else cls)(config)
+    return AutoModelForImageClassification.from_config(config)
 
 
 def tensors(out: Any) -> list[Any]:
