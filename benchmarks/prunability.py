@@ -168,6 +168,8 @@ def try_one(suite: str, name: str, tool: str) -> dict[str, Any]:
     except Exception as e:
         lines = [line for line in str(e).strip().splitlines() if line.strip()]
         row["why"] = f"{type(e).__name__}: {lines[0][:300] if lines else ''}"
+        if row["step"] == "export":
+            row["why"] += _unpruned_exports(suite, name, size)
     row["total_seconds"] = round(time.perf_counter() - start, 1)
     return row
 
@@ -287,6 +289,14 @@ def export(model: Any, size: int, tool: str, suite: str, name: str) -> None:
             to_onnx(Logits(), f"{folder}/model.onnx", spec=spec, exporter="classic")
         except Exception:
             to_onnx(Logits(), f"{folder}/model.onnx", spec=spec, exporter="auto")
+
+
+def _unpruned_exports(suite: str, name: str, size: int) -> str:
+    try:
+        export(build(suite, name)[0], size, "", suite, name)
+    except Exception:
+        return " (the unpruned model does not export either)"
+    return ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

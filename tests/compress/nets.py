@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -157,6 +159,90 @@ class Odd(nn.Module):
         x = self.b(F.relu(self.a(x.flatten(1)[:, :6])))
         x = torch.renorm(x, 2, 0, 1.0)
         return self.d(F.relu(self.c(x)))
+
+
+class Between(nn.Module):
+    """Something between two convolutions."""
+
+    def __init__(self, middle: nn.Module, channels: int = 12, out: int | None = None) -> None:
+        super().__init__()
+        self.a, self.middle, self.b = nn.Conv2d(3, channels, 1), middle, nn.Conv2d(out or channels, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.middle(self.a(x))).mean((2, 3))
+
+
+class Does(nn.Module):
+    def __init__(self, f: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.f = f
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(x)
+
+
+class Mixing(nn.Module):
+    """Rows of a table and an einsum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(12, 7))
+        self.out = nn.Parameter(torch.randn(7, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bchw,cd,de->behw", x, self.table, self.out)
+
+
+class HalfSplit(nn.Module):
+    """A cross-stage split whose size is worked out from an attribute; only one half is transformed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.conv = 12, nn.Conv2d(6, 6, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.split(self.width // 2, dim=1)
+        return torch.cat([a, F.relu(self.conv(b), inplace=True)], 1)
+
+
+class Shortcut(nn.Module):
+    """ResNet's option A: the identity is subsampled and padded with zero channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 16, 3, stride=2, padding=1)
+        self.pad, self.fc = 4, nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = self.conv(x) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.pad, self.pad))
+        return self.fc(x.mean((2, 3)))
+
+
+BETWEEN: dict[str, Callable[[], nn.Module]] = {
+    "hardswish": lambda: Between(nn.Hardswish()),
+    "prelu": lambda: Between(nn.PReLU(12)),
+    "glu": lambda: Between(nn.GLU(dim=1), 12, 6),
+    "transposed convolution": lambda: Between(nn.ConvTranspose2d(12, 10, 2, 2), 12, 10),
+    "pixel shuffle": lambda: Between(nn.PixelShuffle(2), 12, 3),
+    "pixel unshuffle": lambda: Between(nn.PixelUnshuffle(2), 12, 48),
+    "channel shuffle": lambda: Between(nn.ChannelShuffle(3)),
+    "upsampling": lambda: Between(nn.Upsample(scale_factor=2, mode="bilinear")),
+    "einsum": lambda: Between(Mixing()),
+    "half split": lambda: Between(HalfSplit()),
+    "unfold and fold": lambda: Between(
+        Does(lambda x: F.fold(F.unfold(x, 3, padding=1), x.shape[-2:], kernel_size=3, padding=1))
+    ),
+    "windows": lambda: Between(
+        Does(
+            lambda x: (
+                x.unflatten(2, (2, 4)).unflatten(4, (2, 4)).transpose(3, 4).flatten(4).sum(4).flatten(2, 3)[..., None]
+            )
+        )
+    ),
+    "sums over space": lambda: Between(Does(lambda x: x * x.square().sum((2, 3), keepdim=True).sqrt())),
+    "option A shortcut": Shortcut,
+}
 
 
 def image(size: int = 8, batch: int = 2, seed: int = 0) -> Tensor:

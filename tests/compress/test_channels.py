@@ -58,6 +58,19 @@ def test_masked_equals_narrowed(net: type[nn.Module]) -> None:
         assert not torch.allclose(narrowed(x), model(x), atol=1e-3)
 
 
+@pytest.mark.parametrize("name", nets.BETWEEN)
+def test_operators_carry_channels_through(name: str) -> None:
+    model = scrambled(nets.BETWEEN[name]().eval(), seed=1)
+    graph = ChannelGraph(model, nets.image())
+    assert graph.groups and not graph.unknown_ops
+    keep = half(graph)
+    x = nets.image(seed=3)
+    narrowed = apply(copy.deepcopy(model), graph.edits(keep))
+    with torch.no_grad():
+        torch.testing.assert_close(narrowed(x), graph.masked(keep)(x), rtol=1e-4, atol=1e-4)
+    assert graph.macs(keep) == measure(narrowed, (3, 8, 8), what=("macs",)).macs < graph.macs(None)
+
+
 @pytest.mark.parametrize("net", CNNS)
 def test_zero_invariant_units_are_silent_when_only_their_producers_are_zero(net: type[nn.Module]) -> None:
     model = scrambled(net().eval(), seed=1)

@@ -158,6 +158,45 @@ def test_groups_whose_shares_hang_together_are_cut_in_step() -> None:
     assert small.attn.num_heads < 4 and small.stem.out_features == 8 * small.attn.num_heads
 
 
+def test_multi_head_attention_of_torch_is_cut_in_step_with_its_width() -> None:
+    """torch insists that embed_dim = num_heads * head_dim."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.attn = nn.Linear(3, 32), nn.MultiheadAttention(32, 4, batch_first=True)
+            self.head = nn.Linear(32, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x.flatten(2).transpose(1, 2))
+            return self.head((x + self.attn(x, x, x, need_weights=False)[0]).mean(1))
+
+    model = Net().eval()
+    small = magnitude(model, SIZE, budget="macs<=60%")
+    assert (small.attn.num_heads, small.attn.embed_dim) == (2, 16)
+    assert small(nets.image()).shape == (2, 5) and cost(small)[0] <= 0.6 * cost(model)[0]
+
+
+def test_keyword_inputs_and_structured_outputs() -> None:
+    """As Hugging Face models have them."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nets.Residual(16)
+
+        def forward(self, pixel_values: Tensor, scale: Tensor | None = None) -> dict[str, Tensor]:
+            logits = self.body(pixel_values)
+            return {"logits": logits if scale is None else logits * scale, "double": 2 * logits}
+
+    model = Net().eval()
+    example = {"pixel_values": nets.image(), "scale": torch.ones(2, 1)}
+    small = magnitude(model, example, budget="params<=50%")
+    count = sum(p.numel() for p in small.parameters())
+    assert count <= 0.5 * sum(p.numel() for p in model.parameters())
+    assert set(small(**example)) == {"logits", "double"}
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

@@ -104,6 +104,24 @@ def test_integers_that_mean_something_else_stay() -> None:
     assert small(nets.image()).shape == (2, 5)
 
 
+def test_a_module_with_two_names_is_one_module() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nets.Attention()
+            self.again = nn.ModuleDict({"same": self.first})
+            self.stem, self.head = nn.Linear(3, 24), nn.Linear(24, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.stem(x.flatten(2).transpose(1, 2))
+            return self.head((x + self.again["same"](x) + self.first(x)).mean(1))
+
+    graph = ChannelGraph(Net().eval(), nets.image())
+    small = apply(copy.deepcopy(graph.model), graph.edits(half(graph)))
+    assert small.again["same"] is small.first and small.first.num_heads == 2
+    assert small(nets.image()).shape == (2, 5)
+
+
 def test_a_new_classifier_fits_after_pruning() -> None:
     import timm
 

@@ -16,7 +16,7 @@ from trimtab.compress.graph import patch
 from trimtab.compress.graph.count import Counter
 from trimtab.compress.graph.labels import Labels, Solution
 from trimtab.compress.graph.reference import narrowed_graph
-from trimtab.compress.graph.trace import input_shapes, trace
+from trimtab.compress.graph.trace import innermost, input_shapes, trace
 from trimtab.compress.graph.walk import Axis, Walk
 from trimtab.core.edit import Edit, Narrow, apply
 
@@ -253,10 +253,17 @@ class ChannelGraph:
             sets = [s for s in sets if not s & members] + [set().union(members, *joined)]
         return [sorted(s) for s in sorted(sets, key=lambda s: max(s)) if -1 not in s]
 
-    def inside(self, module: str) -> list[int]:
-        """Groups with a parameter in this module or below."""
+    def meeting(self, module: str) -> list[int]:
+        """Groups that meet in the code of a module: that enter or leave it, or set a constant of its own operators."""
         prefix = module + "." if module else ""
-        return [g.id for g in self.groups if any(name.startswith(prefix) for name, _ in g.members)]
+        own = [labels for f in self._walk.follows if innermost(f.node) == module for labels in f.arrays()]
+        named = np.unique(self.unit_of[np.concatenate(own)]) if own else np.empty(0, np.int64)
+        found = []
+        for g in self.groups:
+            inside = [name.startswith(prefix) for name, _ in g.members]
+            if any(inside) and (not all(inside) or np.isin(g.units, named).any()):
+                found.append(g.id)
+        return found
 
     def kept(self, labels: Labels, mask: Mask) -> int:
         """How many of these labels stay."""
@@ -267,14 +274,22 @@ class ChannelGraph:
 
     def _solve(self) -> None:
         solution = self._walk.ledger.solve(self._also_frozen)
-        self.unit_of, self.units = _units(solution, self._walk.axes)
-        self.groups, self._roles = self._group()
+        axes, ledger = self._walk.axes, self._walk.ledger
+        consumed = np.zeros(ledger.count, bool)
+        consumed[ledger.marked("consumed")] = True
+        self._roles = [
+            "buffer" if not a.parameter else "consumers" if consumed[a.labels[0]] else "producers" for a in axes
+        ]
+        self.unit_of, self.units = _units(
+            solution, [a for a, r in zip(axes, self._roles, strict=True) if r == "producers"]
+        )
+        self.groups = self._group()
         self._batch = max(1, next(iter((*self.args, *self.kwargs.values()))).shape[0])
         self._counter = Counter(self._walk, self.unit_of)
         total = sum(p.numel() for p in self.model.parameters())
         self._other_params = total - self._counter.params(np.ones(self.units, bool))  # no dimension, or not run
 
-    def _group(self) -> tuple[list[Group], list[str]]:
+    def _group(self) -> list[Group]:
         """Group units by the axes they touch; groups of one unit cannot be cut and are dropped."""
         axes = self._walk.axes
         touched = [np.unique(u[u >= 0]) for u in (self.unit_of[a.labels] for a in axes)]
@@ -297,9 +312,7 @@ class ChannelGraph:
         ledger = self._walk.ledger
         spans = self._has_mark(ledger.marked("spans"))
         leaks = self._has_mark(ledger.marked("leaks"))
-        consumed = np.zeros(ledger.count, bool)
-        consumed[ledger.marked("consumed")] = True
-        roles = ["buffer" if not a.parameter else "consumers" if consumed[a.labels[0]] else "producers" for a in axes]
+        roles = self._roles
         order: dict[int, list[int]] = {}
         for u in np.lexsort((np.arange(self.units), first)):
             order.setdefault(int(group_of[u]), []).append(int(u))
@@ -324,7 +337,7 @@ class ChannelGraph:
                     units=mine,
                 )
             )
-        return groups, roles
+        return groups
 
     def _has_mark(self, labels: Labels) -> Mask:
         marked = np.zeros(self.units + 1, bool)
@@ -337,13 +350,12 @@ def _in(x: np.int64, sorted_values: NDArray[np.int64]) -> bool:
     return i < len(sorted_values) and sorted_values[i] == x
 
 
-def _units(solution: Solution, axes: Sequence[Axis]) -> tuple[Labels, int]:
-    """Number the components that may be cut and hold a parameter; -1 for every other label."""
+def _units(solution: Solution, producers: Sequence[Axis]) -> tuple[Labels, int]:
+    """Number the components that may be cut and that some parameter makes; -1 for every other label."""
     component, frozen = solution.component, solution.frozen
     cuttable = np.zeros(len(frozen), bool)
-    for a in axes:
-        if a.parameter:
-            cuttable[component[a.labels]] = True
+    for a in producers:
+        cuttable[component[a.labels]] = True
     cuttable &= ~frozen
     number = np.full(len(frozen), -1)
     number[cuttable] = np.arange(int(cuttable.sum()))

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from trimtab.compress.graph.reference import constants
-from trimtab.compress.graph.trace import module_of
+from trimtab.compress.graph.trace import innermost, module_of
 from trimtab.compress.graph.verify import Expected, Outcome, run_beside, scrambled
 from trimtab.compress.graph.walk import Follow
 from trimtab.core.edit import Edit, SetAttr, apply
@@ -108,7 +108,7 @@ def _changes(graph: ChannelGraph, mask: NDArray[np.bool_]) -> dict[str, _Change]
     before = constants(graph._walk.follows, lambda labels: graph.kept(labels, full))
     after = constants(graph._walk.follows, lambda labels: graph.kept(labels, mask))
     for (follow, old), (_, new) in zip(before, after, strict=True):
-        change = changes[_innermost(follow.node)]
+        change = changes[innermost(follow.node)]
         if isinstance(follow.argument, int) and follow.target is not None:  # split by one size
             change.add(old[0], new[0])
         change.add(old, new)
@@ -168,8 +168,7 @@ class _Search:
         while not outcome.ok:
             better = self._improve(outcome)
             if better is None:
-                self._refuse(outcome)
-                raise AssertionError
+                raise self._refusal(outcome)
             outcome = better
         self._cosmetic()
         return [
@@ -213,9 +212,10 @@ class _Search:
                 for n, v in zip(names, values, strict=True):
                     self._set(n, v)
                 outcome = self._try()
-                if outcome.ok or outcome.progress > at.progress:
-                    self._learn(path, names, before)
-                    return outcome if outcome.ok else self._after_learning(outcome)
+                if outcome.ok:
+                    return outcome
+                if outcome.progress > at.progress:
+                    return self._learn(path, names, before, outcome)
                 for n, v in before.items():
                     self._set(n, v)
                 trials += 1
@@ -232,20 +232,17 @@ class _Search:
         return [
             f
             for f in self.graph._walk.follows
-            if f in changed and start < self.position[f.node] <= end and _innermost(f.node) != leaf
+            if f in changed and start < self.position[f.node] <= end and innermost(f.node) != leaf
         ]
 
     def _suspects(self, at: Outcome) -> list[str]:
         """Modules to change, the likeliest first: those whose constants changed just there, then those running."""
-        near = [_innermost(f.node) for f in reversed(self._between(at))]
+        near = [innermost(f.node) for f in reversed(self._between(at))]
         return list(dict.fromkeys([*near, *reversed(at.stack)]))
 
-    def _after_learning(self, outcome: Outcome) -> Outcome:
-        again = self._try()
-        return again if again.ok or again.progress >= outcome.progress else outcome
-
-    def _learn(self, path: str, names: Sequence[Name], before: Mapping[Name, Any]) -> None:
-        """What helped one module is done to the others of its class that come later."""
+    def _learn(self, path: str, names: Sequence[Name], before: Mapping[Name, Any], outcome: Outcome) -> Outcome:
+        """What helped one module is done to the others of its class that come later, unless that does harm."""
+        saved = dict(self.chosen)
         source = self.modules[path]
         todo = []
         for module, name in names:
@@ -265,6 +262,12 @@ class _Search:
                     self._set((other, name), self.original[other, name])
                 elif not back and (options := self._options(other, self.original.get((other, name), value))):
                     self._set((other, name), options[0])
+        again = self._try()
+        if again.ok or again.progress >= outcome.progress:
+            return again
+        for name_ in list(self.chosen):
+            self._set(name_, saved.get(name_, self.original[name_]))
+        return outcome
 
     def _alternatives(self, path: str) -> Iterator[tuple[list[Name], list[Any]]]:
         """Assignments that differ from the present one in few attributes of `path`."""
@@ -347,11 +350,11 @@ class _Search:
     def _name_of(self, module: nn.Module) -> str:
         return next(n for n, m in self.modules.items() if m is module)
 
-    def _refuse(self, at: Outcome) -> None:
-        """Name the nearest module with its own part in the cut, and the units that take part there."""
+    def _refusal(self, at: Outcome) -> Refused:
+        """Names the nearest module with its own part in the cut, and the units that take part there."""
         path, units = "", np.empty(0, np.int64)
         for follow in reversed(self._between(at)):
-            path, units = _innermost(follow.node), self._units(list(_labels(follow.template)))
+            path, units = innermost(follow.node), self._units(follow.arrays())
             if len(units):
                 break
         for running in () if len(units) else reversed(at.stack):
@@ -360,7 +363,7 @@ class _Search:
             if len(units) and (any(self.modules[path].children()) or path == ""):
                 break
         what = type(self.modules[path]).__name__
-        raise Refused(
+        return Refused(
             f"{path or 'the model'} ({what}) cannot follow the cut: no integer attribute makes it agree with the "
             f"narrowed graph ({at.reason}). Keep the channels that meet there, or use ChannelGraph.reference(keep).",
             path, np.asarray(units, np.int64),
@@ -374,18 +377,6 @@ class _Search:
         gone = {g.id for g in self.graph.groups if not self.mask[g.units].all()}
         alive = [g.units for g in self.graph.groups if g.id in gone and np.isin(g.units, unit).any()]
         return np.concatenate(alive) if alive else np.empty(0, np.int64)
-
-
-def _innermost(node: fx.Node) -> str:
-    return (module_of(node) or ("",))[-1]
-
-
-def _labels(template: Any) -> Iterator[Any]:
-    if isinstance(template, list):
-        for t in template:
-            yield from _labels(t)
-    elif isinstance(template, tuple):
-        yield from (f.labels for f in template if f.labels is not None)
 
 
 def _integers(module: nn.Module) -> list[tuple[str, Any]]:

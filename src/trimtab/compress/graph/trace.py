@@ -85,6 +85,11 @@ def module_of(node: fx.Node) -> tuple[str, ...]:
     return node.meta.get("modules", ())
 
 
+def innermost(node: fx.Node) -> str:
+    """Name of the module in whose code the node was made."""
+    return (module_of(node) or ("",))[-1]
+
+
 def input_shapes(example: Any) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
     """Positional and keyword inputs of at least two samples each, so that no dimension is the batch by accident."""
     if isinstance(example, Tensor):

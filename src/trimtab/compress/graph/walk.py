@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from trimtab.compress.graph import reshape as rs
 from trimtab.compress.graph import rules
-from trimtab.compress.graph.labels import Dim, Factor, Labels, Ledger, Value, constant
+from trimtab.compress.graph.labels import Dim, Factor, Labels, Ledger, Value, arrays, constant
 from trimtab.compress.graph.trace import Trace
 
 Template = Any  # an int, a Dim (its size), or a list of these
@@ -26,6 +26,10 @@ class Follow:
     argument: int | str
     template: Template
     target: Any = None  # another operator that takes the constant in this form
+
+    def arrays(self) -> list[Labels]:
+        """The labels that the constant depends on."""
+        return list(_arrays(self.template))
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,6 +195,14 @@ class Walk:
             except Exception:
                 self._zero_cache[key] = False
         return self._zero_cache[key]
+
+
+def _arrays(template: Template) -> Iterator[Labels]:
+    if isinstance(template, list):
+        for t in template:
+            yield from _arrays(t)
+    elif isinstance(template, tuple):
+        yield from arrays(template)
 
 
 def _plain(args: Any) -> Any:

@@ -92,9 +92,9 @@ def _link(graph: ChannelGraph, refused: Refused) -> bool:
 
 
 def _link_inside(graph: ChannelGraph, names: Sequence[str]) -> Refused | None:
-    """Link the groups inside each of these modules if cutting them in step works, or say why it does not."""
+    """Link the groups that meet in each of these modules if cutting them in step works, or say why it does not."""
     joined: list[set[int]] = []
-    for new in (set(graph.inside(n)) for n in names):
+    for new in (set(graph.meeting(n)) for n in names):
         if len(new) > 1:
             touching = [s for s in joined if s & new]
             joined = [s for s in joined if not s & new] + [new.union(*touching)]

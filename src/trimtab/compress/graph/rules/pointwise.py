@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from trimtab.compress.graph.walk import Walk
 
 
+@rule("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided")
 def made(w: Walk, *args: Any, **kwargs: Any) -> Value:
     """arange, full, zeros: made of nothing."""
     return constant(w.shape)
@@ -22,6 +23,11 @@ def made(w: Walk, *args: Any, **kwargs: Any) -> Value:
       "feature_dropout", "alpha_dropout", "lift", "_conj", "type_as", "_assert_tensor_metadata")  # fmt: skip
 def same(w: Walk, x: Value, *args: Any, **kwargs: Any) -> Value:
     return x
+
+
+@rule("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "fill", "zero", "bernoulli")
+def like(w: Walk, x: Value, *args: Any, **kwargs: Any) -> Value:
+    return tuple(tuple(f.with_zero(False) for f in d) for d in x)
 
 
 @rule("hardswish", "copy", "_prelu_kernel", "rrelu_with_noise", "logit", "nan_to_num")  # torch does not tag these

@@ -95,5 +95,8 @@ def einsum(w: Walk, equation: str, operands: Sequence[Value], **kwargs: Any) -> 
                 w.ledger.leaks(labels)
             if letter in output and len(met) > 1:
                 w.ledger.block(labels)
-    w.macs(list(dims.values()))
+    left = set(terms[0])
+    for i, term in enumerate(terms[1:], 1):  # pairwise, from left to right
+        w.macs([dims[c] for c in dims if c in left | set(term)])
+        left = {c for c in left | set(term) if c in output or any(c in t for t in terms[i + 1 :])}
     return tuple(product_zero(dims[c], *[x[t.index(c)] for t, x in zip(terms, operands) if c in t]) for c in output)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trimtab.compress.graph import reshape as rs
-from trimtab.compress.graph.labels import Dim, Factor, Value, constant, labelled, size_of
+from trimtab.compress.graph.labels import Dim, Factor, Value, arrays, constant, labelled, size_of
 from trimtab.compress.graph.rules.registry import rule
 
 if TYPE_CHECKING:
@@ -237,6 +237,8 @@ def pad(w: Walk, x: Value, amounts: Sequence[int], mode: Any = "constant", value
             continue
         # Zeros on both sides may be cut with whatever they meet.
         sides = [Factor(n, w.ledger.new(n)) for n in (left, right)]
+        if left == right:  # one number in Python, as a rule
+            w.ledger.tie(*arrays(tuple(sides)))
         template[2 * k : 2 * k + 2] = [(f,) if f.size else 0 for f in sides]
         dims = [(sides[0],), flat, (sides[1],)]
         dims = [d for d in dims if size_of(d)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from trimtab.compress.graph import reshape as rs
-from trimtab.compress.graph.labels import Dim, Factor, Value, arrays, size_of
+from trimtab.compress.graph.labels import Dim, Value, arrays, constant, size_of
 from trimtab.compress.graph.rules.registry import rule
 from trimtab.compress.graph.rules.space import stencil
 
@@ -41,8 +41,10 @@ def _conv(w: Walk, x: Value, weight: Value, bias: Value | None, groups: int, tra
     if groups == 1:
         out = wout
         _contract_weight(w, channels, win)
-    elif transposed:
-        out = _grouped(w, channels, groups, wout, win, w.shape[-1 - space])
+    elif transposed:  # rare: nothing is cut
+        for d in channels, wout, win:
+            rs.freeze(ledger, d)
+        out = constant([w.shape[-1 - space]])[0]
     elif size_of(win) == 1:  # depthwise, perhaps with several outputs for each input
         channels = rs.flatten(ledger, channels)
         copies = rs.split(ledger, wout, [groups, size_of(wout) // groups])
@@ -51,26 +53,15 @@ def _conv(w: Walk, x: Value, weight: Value, bias: Value | None, groups: int, tra
     else:
         parts = rs.split(ledger, channels, [groups, size_of(win)])
         outs = rs.split(ledger, wout, [groups, size_of(wout) // groups])
-        same = len(parts[1]) == 1 and len(outs[1]) <= 1
         for p in parts, outs:  # every group loses the same of its own indices
             rs.freeze(ledger, p[0])
-        if same:
-            _contract_weight(w, parts[1], win)
-        else:
-            _contract_weight(w, rs.flatten(ledger, parts[1]), win)
+        _contract_weight(w, parts[1], win)
         out = wout
     if bias is not None:
         out = rs.unify(ledger, out, bias[0])
     out = tuple(f.with_zero(True) for f in out)
     w.macs([*weight, x[0], *(spatial if transposed else mixed)])  # every weight meets every position
     return (x[0], out, *mixed)
-
-
-def _grouped(w: Walk, channels: Dim, groups: int, wout: Dim, win: Dim, total: int) -> Dim:
-    """A transposed convolution with groups: nothing is cut."""
-    for d in channels, wout, win:
-        rs.freeze(w.ledger, d)
-    return (Factor(total, None, zero=False),)
 
 
 def _contract_weight(w: Walk, x: Dim, weight: Dim) -> None:
