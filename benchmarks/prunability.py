@@ -110,18 +110,20 @@ def _torchvision(name: str, size: int) -> Any:
 
 def _huggingface(name: str, size: int) -> Any:
     """The architecture's default configuration, made small where the default is huge; images of `size`."""
-    from transformers import AutoModelForImageClassification
+    import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = name.replace("_", "-")
     make: Any = CONFIG_MAPPING[kind if kind in CONFIG_MAPPING else name]
-    config = make()
+    config = make(num_labels=1000)
     for key in ("image_size", "input_size"):
         if isinstance(getattr(config, key, None), int):
             setattr(config, key, size)
     if getattr(config, "num_hidden_layers", 0) in range(7, 100) and name not in ("resnet", "regnet"):
         config.num_hidden_layers = 4
-    return AutoModelForImageClassification.from_config(config)
+    classes: Any = transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+    found = classes[type(config)]  # several for some, the plain classifier first
+    return (found[0] if isinstance(found, list | tuple) else found)(config)
 
 
 def tensors(out: Any) -> list[Any]:
