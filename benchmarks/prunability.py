@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -372,6 +371,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 def _write(path: Path, known: dict[Any, dict[str, Any]]) -> None:
     from trimtab.core import host
+    from trimtab.core.files import write_text
 
     rows = [known[k] for k in sorted(known)]
     summary = {
@@ -380,10 +380,7 @@ def _write(path: Path, known: dict[Any, dict[str, Any]]) -> None:
     }
     report = {"summary": summary, "machine": host.machine(), "versions": host.versions(),
               "date": time.strftime("%Y-%m-%d"), "rows": rows}  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(report, indent=1) + "\n")
 
 
 def _of(rows: list[dict[str, Any]], suite: str, tool: str) -> list[dict[str, Any]]:

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.core import host
+from trimtab.core.files import write_text
 
 
 @dataclass
@@ -95,13 +96,8 @@ class Comparison:
         }
 
     def save(self, path: str | Path) -> Path:
-        """JSON, written to a temporary name and renamed."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(self.asdict(), indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-        return path
+        """Write it as JSON, whole or not at all."""
+        return write_text(path, json.dumps(self.asdict(), indent=1) + "\n")
 
     def show(self, title: str = "") -> None:
         """Print the table."""

@@ -15,7 +15,6 @@ import importlib
 import importlib.util
 import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -35,6 +34,7 @@ from rich.table import Table
 
 from evidence import tables
 from trimtab.core import card, host, log
+from trimtab.core.files import write_text
 
 T = TypeVar("T")
 HERE = Path(__file__).resolve().parent
@@ -195,11 +195,8 @@ def plain(value: Any) -> Any:
 
 
 def write(path: Path, value: Any) -> None:
-    """JSON to a temporary name, then renamed: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """JSON, whole or not at all; NaN is refused."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

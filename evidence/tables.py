@@ -11,13 +11,13 @@ numbers).
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from trimtab.core import card
+from trimtab.core.files import write_text
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MARKED = re.compile(r"(<!-- table: (?P<name>\w+)(?: (?P<arg>[\w/]+))? -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -33,9 +33,7 @@ def update(root: Path) -> list[Path]:
         old = path.read_text(encoding="utf-8")
         new = fill(old)
         if new != old:
-            temporary = path.with_name(path.name + ".tmp")
-            temporary.write_text(new, encoding="utf-8")
-            os.replace(temporary, path)
+            write_text(path, new)
             changed.append(path)
     return changed
 

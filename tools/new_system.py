@@ -10,7 +10,6 @@ a system with a TODO left in it. Files that exist are never overwritten.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import subprocess
 import sys
@@ -19,6 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
+
+from trimtab.core.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -125,9 +126,7 @@ def write(root: Path, content: dict[str, str]) -> list[Path]:
                 package = root / "src" / folder / "__init__.py"
                 if folder != Path() and not package.exists():
                     package.write_text(f'"""{folder.name.capitalize()}."""\n', encoding="utf-8")
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, text)
         written.append(path)
     return written
 

@@ -267,21 +267,6 @@ def test_arguments_are_checked_at_the_door(data: Any, tmp_path: Path) -> None:
     assert not out.exists()
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trimtab.deploy import to_onnx
-
-    path = tmp_path / "m.onnx"
-    path.write_bytes(b"old")
-
-    def full(*_: Any) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(to_onnx.os, "fsync", full)
-    with pytest.raises(OSError, match="disk full"):
-        to_onnx.write_bytes(path, b"new")
-    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
-
-
 def test_the_input_of_a_registry_model_is_known() -> None:
     assert spec_of(timm.create_model("resnet18")) == InputSpec(
         (3, 224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

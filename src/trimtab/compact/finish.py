@@ -17,11 +17,11 @@ from torch import nn
 
 from trimtab import report
 from trimtab.compact.deliver import Delivery, measured
-from trimtab.compact.journal import write_text
 from trimtab.core import host
 from trimtab.core.budget import Verdict
 from trimtab.core.cost import Cost, measure, measure_onnx
 from trimtab.core.edit import describe, history
+from trimtab.core.files import write_text
 from trimtab.core.log import logger
 from trimtab.data import Data
 from trimtab.deploy import OnnxModel

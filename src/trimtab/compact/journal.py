@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from trimtab.core.errors import TrimtabError
+from trimtab.core.files import write_text
 
 T = TypeVar("T")
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
@@ -85,12 +85,4 @@ class Journal:
 
     def note(self) -> None:
         """Write down the time used so far; called at every step and now and then during the long ones."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         write_text(self.path, json.dumps({"job": self._job, "used": self.used, "steps": self.steps}, indent=1))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, path)

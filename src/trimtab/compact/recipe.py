@@ -32,6 +32,7 @@ from trimtab.compact.journal import Journal
 from trimtab.core import artifact
 from trimtab.core.budget import Budget
 from trimtab.core.errors import TrimtabError
+from trimtab.core.files import write_text
 from trimtab.core.log import logger
 from trimtab.data import Data, load_data
 from trimtab.deploy import export
@@ -154,7 +155,7 @@ def run(path: str | Path) -> dict[str, Any]:
             result["budget"] = {"text": recipe.budget, "met": verdict.ok, "rows": [asdict(r) for r in verdict.rows]}
     elif recipe.budget:
         raise RecipeError("a budget is checked on the exported file; add an export phase")
-    (out / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    write_text(out / "result.json", json.dumps(result, indent=1))
     return result
 
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import threading
 import time
 import warnings
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.errors import DataError
+from trimtab.core.files import replacing, write_text
 from trimtab.core.log import progress_wanted
 from trimtab.data.images import GREY_MODES, Unreadable, open_image, to_pixels, upright_size
 from trimtab.data.sources import Items
@@ -254,23 +254,15 @@ def _on_disk(
     skipped = _read_note(note, data, int(np.prod(shape))) if items.reader.stamp() else None
     if skipped is None:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(suffix=".part", dir=folder)
-            os.close(handle)
-            try:
+            with replacing(data) as new:
                 if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a crash while writing
-                    with open(temporary, "r+b") as f:
+                    with open(new, "r+b") as f:
                         os.posix_fallocate(f.fileno(), 0, int(np.prod(shape)))
-                out = np.memmap(temporary, np.uint8, "w+", shape=shape)
+                out = np.memmap(new, np.uint8, "w+", shape=shape)
                 skipped = decode(items, size, in_chans, out, step)
                 out.flush()
                 del out
-                os.replace(temporary, data)
-            finally:
-                Path(temporary).unlink(missing_ok=True)
-            part = note.with_suffix(f".{os.getpid()}.part")
-            part.write_text(json.dumps({"skipped": skipped}), encoding="utf-8")
-            os.replace(part, note)
+            write_text(note, json.dumps({"skipped": skipped}))
         except OSError as e:
             raise DataError(f"the cache of decoded images in {folder} cannot be written: {e.strerror or e}") from e
     else:

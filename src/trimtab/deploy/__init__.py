@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from trimtab.core.lazy import lazy
 
 _NAMES = {
     "export": "to_onnx",
@@ -18,14 +19,4 @@ if TYPE_CHECKING:
     from trimtab.deploy.runtime import OnnxModel, Prediction
     from trimtab.deploy.to_onnx import Exported, ExportError, export
 
-
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        value = getattr(importlib.import_module(f"trimtab.deploy.{_NAMES[name]}"), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'trimtab.deploy' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy(__name__, _NAMES)

@@ -24,6 +24,7 @@ from trimtab.core.artifact import InputSpec
 from trimtab.core.cost import measure, quiet, twin
 from trimtab.core.edit import history
 from trimtab.core.errors import TrimtabError
+from trimtab.core.files import write_bytes
 from trimtab.core.onnx_file import open_session
 from trimtab.deploy.runtime import LABELS_KEY, SPEC_KEY, batches
 
@@ -359,20 +360,3 @@ def _accuracy(session: Any, data: Data, split: str, spec: InputSpec, dynamic: bo
         outputs = _run_onnx(session, images, dynamic)
         right, seen = right + int((outputs.argmax(-1) == labels).sum()), seen + len(labels)
     return right / seen if seen else None
-
-
-def write_bytes(path: Path, raw: bytes) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as f:
-            f.write(raw)
-            f.flush()
-            os.fsync(f.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise

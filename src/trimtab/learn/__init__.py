@@ -6,9 +6,9 @@ are first used; so are timm, Accelerate and torchmetrics.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from trimtab.core.lazy import lazy
 from trimtab.learn.convert import convert
 from trimtab.learn.evaluate import evaluate, logits
 from trimtab.learn.fit import Diverged, FitResult, fit
@@ -57,10 +57,4 @@ __all__ = [
     "bn_recalibrate",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _METHODS:
-        value = getattr(importlib.import_module(f"{__name__}.{_METHODS[name]}"), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = lazy(__name__, _METHODS)

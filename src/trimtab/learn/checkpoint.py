@@ -7,7 +7,6 @@ either the old checkpoint or the new one.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.errors import ArtifactError
+from trimtab.core.files import replacing
 
 FILE = "checkpoint.safetensors"
 SCHEMA = 1
@@ -30,12 +30,8 @@ def write(path: Path, tree: dict[str, Any]) -> Path:
 
     tensors: dict[str, Tensor] = {}
     shape = _pack(tree, "", tensors)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata={"trimtab": json.dumps({"schema": SCHEMA, "tree": shape})})
-    with open(temporary, "rb+") as f:
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    with replacing(path) as new:
+        save_file(tensors, new, metadata={"trimtab": json.dumps({"schema": SCHEMA, "tree": shape})})
     return path
 
 

@@ -10,8 +10,9 @@ Any key of it may be missing or null; what depends on it is then left out. Nothi
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from trimtab.core.lazy import lazy
 
 if TYPE_CHECKING:
     from .card import model_card
@@ -22,12 +23,4 @@ __all__ = ["layers_plot", "model_card", "pareto_svg", "write"]
 
 _HOME = {"write": "page", "layers_plot": "page", "model_card": "card", "pareto_svg": "pareto"}
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy(__name__, _HOME)

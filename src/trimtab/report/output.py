@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+
+from trimtab.core.files import write_text
 
 
 @cache
@@ -18,18 +18,4 @@ def resource(name: str) -> str:
 def save(text: str, path: str | Path, *, inside: str) -> Path:
     """Write `text` so that a reader never sees half of it; a directory gets the file named `inside`."""
     path = Path(path)
-    if path.is_dir():
-        path = path / inside
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
+    return write_text(path / inside if path.is_dir() else path, text)

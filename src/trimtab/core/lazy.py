@@ -1,0 +1,33 @@
+"""Packages whose names are imported when they are first used, so that `import trimtab` and `--help` answer at once."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def lazy(package: str, where: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """`__getattr__` and `__dir__` of a package (PEP 562).
+
+    Args:
+        package: the package's `__name__`.
+        where: the module, relative to the package, that defines each name.
+
+    Usage::
+
+        __getattr__, __dir__ = lazy(__name__, {"load_data": "load", "Data": "dataset"})
+    """
+
+    def getattribute(name: str) -> Any:
+        if name not in where:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{package}.{where[name]}"), name)
+        setattr(sys.modules[package], name, value)  # found at once the next time
+        return value
+
+    def directory() -> list[str]:
+        return sorted({*vars(sys.modules[package]), *where})
+
+    return getattribute, directory
