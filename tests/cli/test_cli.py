@@ -142,8 +142,11 @@ def test_no_command_is_untested_here():
         (["train", "--epochs", "1", "--time", "1m"], "not both"),
         (["predict", "resnet8_mlperf_tiny", "."], "no images in"),
         (["show", "ctt"], "did you mean cct"),
-        (["compress", "resnet8_mlperf_tiny"], "must be an artifact"),
-        (["compress", "x", "--method", "wish"], "--method must be one of"),
+        (["compress", "no_such_net"], "no model is called"),
+        (["compress", "x", "--method", "wish"], "method must be one of"),
+        (["compress", "x", "--set", "norm"], "--set must be NAME=VALUE"),
+        (["compress", "x", "--set", "norm=[1"], "'[1' is not a value"),
+        (["compress", "x", "--set", "nrm=1"], "magnitude has no option 'nrm'; it has budget, norm"),
         (["export", "x/", "y.onnx", "--int8"], "--int8 needs --data"),
         (["run", "missing.yaml"], "does not exist"),
         (["report", "."], "has no run.json"),
@@ -359,6 +362,20 @@ def test_report_of_something_else_fails(trimtab, tmp_path):
     code, _, err = trimtab("report", tmp_path)
     assert code == 1
     assert "not JSON" in err
+
+
+def test_options_reach_the_method(trimtab, artifact, monkeypatch, tmp_path):
+    seen = {}
+
+    def fake(model, data, *, budget="macs<=50%", strength=1.0, epochs=3, seed=9):
+        seen.update(budget=budget, strength=strength, epochs=epochs, seed=seed)
+        return model
+
+    monkeypatch.setattr("trimtab.compress.magnitude", fake, raising=False)
+    monkeypatch.setattr("trimtab.fit", lambda *a, **k: pytest.fail("the method trains by itself"), raising=False)
+    code, _, err = trimtab("compress", artifact, "--set", "strength=0.5", "--epochs", 2, "--seed", 4, "--out", "small")
+    assert (code, err) == (0, "")
+    assert seen == {"budget": "macs<=50%", "strength": 0.5, "epochs": 2, "seed": 4}
 
 
 def test_train_compress_export_predict_and_measure(trimtab, digits, tmp_path):

@@ -163,6 +163,26 @@ def test_killed_anywhere_the_same_command_goes_on(tmp_path):
     assert Path(out / "model.onnx").stat().st_size <= 9000
 
 
+def test_the_best_so_far_is_renewed_on_disk_during_the_long_training(tmp_path, monkeypatch):
+    from trimtab.compact import job
+
+    out, seen = tmp_path / "o", []
+    publish = job.Job.publish
+
+    def watch(self, model, delivery):
+        publish(self, model, delivery)
+        x = torch.zeros(1, 1, 8, 8)
+        seen.append(((out / "model.onnx").read_bytes(), tt.load(out)(x).detach(), delivery.verdict.ok))
+
+    monkeypatch.setattr(job, "SAVE_EVERY", 0.5)
+    monkeypatch.setattr(job, "SAVE_SHARE", 1.0)
+    monkeypatch.setattr(job.Job, "publish", watch)
+    compact("digits", budget="size<=9KB, macs<=150k", time="10s", out=out)
+    assert len(seen) >= 4  # after the search, at least twice during the training, and at the end
+    assert len({raw for raw, _, _ in seen}) >= 3 and all(ok for *_, ok in seen)
+    assert not torch.equal(seen[0][1], seen[1][1]), "the artifact was not renewed with the file"
+
+
 def test_the_package_is_callable_and_importing_it_keeps_it_so():
     from trimtab.compact import journal
 

@@ -35,6 +35,9 @@ def test_a_recipe_runs_and_a_second_run_repeats_nothing(tmp_path, monkeypatch):
     ("change", "says"),
     [
         (("phases:", "phase:"), "phases"),
+        (("method: magnitude", "method: wish"), "phases.1: method must be one of"),
+        (("method: magnitude", "nrm: 1"), "phases.1: magnitude has no option 'nrm'"),
+        (("macs<=50%", "macs<50%"), "expected <= or >="),
         (("name: trim_10k", "nam: trim_10k"), "expected a 'name'"),
         (("kd: {{teacher: big}}", "kd: {{teacher: bigger}}"), "earlier phase"),
         (("kd: {{teacher: big}}", "magic: {{}}"), "objective must be one of"),

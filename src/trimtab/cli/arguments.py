@@ -256,6 +256,26 @@ def budget_of(text: str | None) -> Budget | None:
         raise typer.BadParameter(str(e)) from None
 
 
+def options_of(given: Sequence[str] | None) -> dict[str, Any]:
+    """``NAME=VALUE`` pairs; values as in YAML: numbers, true, words, [lists].
+
+    >>> options_of(["norm=1", "scope=local", "widths=[8, 16]"])
+    {'norm': 1, 'scope': 'local', 'widths': [8, 16]}
+    """
+    import yaml
+
+    options = {}
+    for pair in given or ():
+        name, sign, value = pair.partition("=")
+        if not sign or not name.strip().isidentifier():
+            raise typer.BadParameter(f"--set must be NAME=VALUE, such as norm=1, got {pair!r}")
+        try:
+            options[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise typer.BadParameter(f"--set {name.strip()}: {value!r} is not a value") from None
+    return options
+
+
 def size_of(text: str) -> tuple[int, int, int]:
     """``3,224,224`` or ``3x224x224`` or ``224`` (then three channels).
 

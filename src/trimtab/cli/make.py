@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -111,38 +111,57 @@ def train(
 
 @app.command()
 def compress(
-    model: Annotated[str, typer.Argument(help="The artifact to make smaller.")],
-    data: Annotated[str, typer.Option(help="Data to measure on, and to train on afterwards.")] = "digits",
-    budget: Annotated[str, typer.Option(help="What to reach; percent refer to the model as it is.")] = "macs<=50%",
+    model: Annotated[str, typer.Argument(help="The artifact to make smaller (or a registry name, untrained).")],
+    data: Annotated[str, typer.Option(help="Data to measure on, and to train on.")] = "digits",
+    budget: Annotated[
+        str | None,
+        typer.Option(help="What to reach; percent refer to the model as it is.", show_default="the method's"),
+    ] = None,
     method: Annotated[str, typer.Option(help="Which compression, by its name in trimtab.compress.")] = "magnitude",
+    given: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="An option of the method; may be repeated.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the smaller model.")] = Path("trimtab-compressed"),
-    epochs: Annotated[int, typer.Option(min=0, help="Passes of training afterwards; 0 for none.")] = 5,
+    epochs: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Passes of training: within a method that trains by itself, otherwise afterwards; 0 for none.",
+            show_default="the method's, or 5 afterwards",
+        ),
+    ] = None,
     seed: Seed = 0,
     fresh: Fresh = False,
 ) -> None:
-    """Make a trained model smaller: surgery, then some training to recover.
+    """Make a trained model smaller: surgery, and some training to recover.
 
     \b
     Examples:
       trimtab compress big/ --budget "macs<=50%" --out small/
       trimtab compress big/ --data photos/ --budget "params<=100k" --epochs 20
+      trimtab compress big/ --method magnitude --set norm=1 --set scope=local --epochs 0
     """
-    import trimtab as tt
-
     arguments.budget_of(budget)
-    known = [name for name in tt.compress.__all__ if name.islower()]
-    if method not in known:
-        raise typer.BadParameter(f"--method must be one of {', '.join(known)}, got {method!r}")
-    kept = arguments.artifact(model)
-    loaded = kept.load_data(data, seed)
-    before = {"cost": arguments.cost_of(kept.model, loaded), "accuracy": tt.evaluate(kept.model, loaded)["accuracy"]}
-    small = getattr(tt.compress, method)(kept.model, loaded, budget=budget)
-    if epochs:
-        bars = log.progress_wanted()
-        small = tt.fit(
-            small, loaded, epochs=epochs, seed=seed, out=out / "training", resume=not fresh, progress=bars
-        ).model
-    result = arguments.keep(small, loaded, out, "compress", seed=seed, source=model, method=method, budget=budget)
+    options = arguments.options_of(given)
+    options |= {"budget": budget} if budget is not None else {}
+    import trimtab as tt
+    from trimtab.compress import methods
+
+    try:
+        methods.check(method, options)
+    except ValueError as e:
+        raise typer.BadParameter(str(e)) from None
+    has = methods.parameters(method)
+    bars = log.progress_wanted()
+    training: dict[str, Any] = {"seed": seed, "out": out / "training", "resume": not fresh, "progress": bars}
+    if epochs is not None:
+        training["epochs"] = epochs
+    net, loaded = arguments.model_and_data(model, data, weights=None, pretrained=False, seed=seed)
+    before = {"cost": arguments.cost_of(net, loaded), "accuracy": tt.evaluate(net, loaded)["accuracy"]}
+    small = methods.run(method, net, loaded, **{k: v for k, v in training.items() if k in has}, **options)
+    if "epochs" not in has and epochs != 0:
+        small = tt.fit(small, loaded, **{"epochs": 5, **training}).model
+    result = arguments.keep(small, loaded, out, "compress", seed=seed, source=model, method=method, options=options)
     result["before"] = before
     emit(result, lambda: say.result(result))
 

@@ -39,7 +39,8 @@ TEACHER_EPOCHS = 150  # a teacher is worth its time where the student alone coul
 TEACHER_MACS = 4.0  # how much larger than the student a teacher may be
 UNTRAINED_SHARE = 0.45  # of the time, to train a given model that has no weights yet, before it is cut
 SHORT = 120.0  # seconds: in shorter jobs, what the exporter takes counts
-SAVE_EVERY = 60.0  # seconds between copies of the best model so far during the long training
+SAVE_EVERY = 60.0  # seconds, at least, until the best model so far is put on disk again during the long training
+SAVE_SHARE = 0.03  # of the long training, at most, for that
 
 
 def compact(
@@ -126,7 +127,7 @@ class Job:
             best = self._settle(model, evaluate_=True)
             run = finish.write(self, best[0], best[1], name)
         self.journal.once("done", lambda: True)
-        for folder in ("train", "trials", "kept", "export"):
+        for folder in ("train", "trials", "kept", "export", "renewed"):
             shutil.rmtree(self.work / folder, ignore_errors=True)
         return run
 
@@ -246,6 +247,7 @@ class Job:
             started = self.journal.used
             settled, delivery = self._settle(model, evaluate_=False)
             self.publish(settled, delivery)
+            self.journal.once("kind", lambda: "int8" if delivery.int8 else "float")
             # The end exports up to twice, looks at validation data and at test data, and writes the report.
             self.journal.once("reserve", lambda: 2.5 * (self.journal.used - started) + 0.01 * self.journal.limit + 2)
             return settled
@@ -367,15 +369,17 @@ class Job:
         self, model: nn.Module, key: str, limit: float, objective: Any = None, *, report: bool = False
     ) -> nn.Module:
         """Train for `limit` seconds; a killed training goes on. With `report` its history goes into the report."""
-        best, saved = 0.0, self.journal.used
+        best, saved, wait = 0.0, self.journal.used, SAVE_EVERY
 
         def on_epoch(row: dict[str, Any]) -> None:
-            nonlocal best, saved
+            nonlocal best, saved, wait
             self.journal.note()
             accuracy = row.get("val_accuracy") or 0.0
-            if report and accuracy > best and self.journal.used - saved > SAVE_EVERY:
-                best, saved = accuracy, self.journal.used
-                self.keep_artifact(model)
+            if report and accuracy > best and self.journal.used - saved > wait:
+                best, started = accuracy, self.journal.used
+                self._renew(model)
+                saved = self.journal.used
+                wait = max(SAVE_EVERY, (saved - started) / SAVE_SHARE)
 
         with torch_threads(self.settings.threads):
             result = fit(
@@ -389,6 +393,15 @@ class Job:
         if report:
             self.journal.once(f"history {key}", lambda: result.history)
         return result.model
+
+    def _renew(self, model: nn.Module) -> None:
+        """Put a model that is still being trained on disk as the best so far, if its file keeps the budget."""
+        now, only = copy.deepcopy(model).eval(), self.journal.steps.get("kind")
+        made = deliver(
+            now, self.data, self.budget, self.work / "renewed", evaluate=False, only=only, exporter=self.exporter
+        )
+        if made[0].verdict.ok:
+            self.publish(now, made[0])
 
     # ------------------------------------------------------------------------------------------------------ small parts
 

@@ -29,6 +29,7 @@ from torch import nn
 
 from trimtab.compact.deliver import measured
 from trimtab.compact.journal import Journal
+from trimtab.compress import methods
 from trimtab.core import artifact
 from trimtab.core.budget import Budget
 from trimtab.core.errors import TrimtabError
@@ -99,6 +100,8 @@ def read(path: str | Path) -> Recipe:
             raise RecipeError(f"{path}: phases.{i}: expected one of train, compress, export, got {kinds or 'none'}")
         if phase.train is not None:
             _objective(phase.train.get("objective", "classify"), names, lambda name: nn.Identity())
+        if phase.compress is not None:
+            _check_compress(phase.compress, f"{path}: phases.{i}")
         names |= {phase.as_} if phase.as_ else set()
     if not {"name", "load"} & set(recipe.model):
         raise RecipeError(f"{path}: model: expected a 'name' or an artifact to 'load', got {recipe.model}")
@@ -136,7 +139,7 @@ def run(path: str | Path) -> dict[str, Any]:
             model = (
                 _train(phase, model, data, folder, named, recipe.seed)
                 if phase.train is not None
-                else _compress(phase, model, data)
+                else _compress(phase, model, data, folder, recipe.seed)
             )
             artifact.save(model, folder, spec=data.spec, labels=data.class_names)
         if phase.as_:
@@ -175,15 +178,20 @@ def _train(phase: Phase, model: nn.Module, data: Data, folder: Path, named: dict
     return fit(model, data, objective, out=folder.with_name(folder.name + ".training"), **{"seed": seed, **given}).model
 
 
-def _compress(phase: Phase, model: nn.Module, data: Data) -> nn.Module:
-    from trimtab import compress
+def _compress(phase: Phase, model: nn.Module, data: Data, folder: Path, seed: int) -> nn.Module:
+    given = {"method": "magnitude", **(phase.compress or {})}
+    known = methods.parameters(given["method"])
+    training: dict[str, Any] = {"out": folder.with_name(folder.name + ".training"), "seed": seed}
+    return methods.run(model=model, data=data, **{k: v for k, v in training.items() if k in known}, **given)
 
-    given = dict(phase.compress or {})
-    method = given.pop("method", "magnitude")
-    known = [n for n in compress.__all__ if n.islower()]
-    if method not in known:
-        raise RecipeError(f"method must be one of {', '.join(known)}, got {method!r}")
-    return getattr(compress, method)(model, data, **given)
+
+def _check_compress(given: dict[str, Any], where: str) -> None:
+    options = dict(given)
+    try:
+        methods.check(options.pop("method", "magnitude"), options)
+        Budget(options.get("budget") or "macs<=50%")
+    except ValueError as e:
+        raise RecipeError(f"{where}: {e}") from e
 
 
 def _objective(said: Any, named: set[str], get: Callable[[str], nn.Module]) -> Objective:
