@@ -33,7 +33,7 @@ from trimtab.models import create_model, load
 
 log = logger(__name__)
 
-SEARCH_SHARE = 0.22  # of the time limit, for successive halving
+SEARCH_SHARE = 0.15  # of the time limit, for successive halving
 TEACHER_SHARE = 0.3  # of the time left after the search, where a teacher is trained
 TEACHER_EPOCHS = 150  # a teacher is worth its time where the student alone could have so many epochs
 TEACHER_MACS = 4.0  # how much larger than the student a teacher may be

@@ -171,12 +171,17 @@ def _elastic(data: Data) -> Iterator[tuple[str, dict[str, Any]]]:
         return (first, *([rest] * (stages - 1)))
 
     common = {"stem_stride": stem} if stem > 1 else {}
+    small = side >= 16 and stem == 1
     yield "trim_net", {"depths": depths(1, 1), **common}
+    if small:  # a thin stem at full size, then half of it at once: most depth where positions and weights are balanced
+        late = {"depths": depths(3, 2)[: stages - 1], "strides": (2,) * (stages - 1), "stem_width": 12, "growth": 1.6}
+        yield "trim_net", late
+        yield "trim_net", {**late, "head_width": 96}
     yield "trim_net", {"depths": depths(1, 2), "growth": 1.6, **common}
     mobile = {"kind": "bottleneck", "group_width": 1, "growth": 1.6}
     yield "trim_net", {"depths": depths(1, 2), "expand": 4, **mobile, **common}
     yield "trim_net", {"depths": depths(2, 2), **common}
-    if side >= 16 and stem == 1:
+    if small:
         yield "trim_net", {"depths": depths(1, 1)[1:], "stem_stride": 2}
         yield "trim_net", {"depths": depths(1, 2)[1:], "stem_stride": 2, "growth": 1.6}
     yield "trim_net", {"depths": depths(1, 3), "expand": 3, **mobile, **common}
