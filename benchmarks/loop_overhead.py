@@ -28,31 +28,6 @@ BATCH, SIZE, CLASSES = 128, 32, 10
 RESULT = Path(__file__).parent / "results" / "loop_overhead.json"
 
 
-class Block(nn.Module):
-    """Two 3 x 3 convolutions with a shortcut."""
-
-    def __init__(self, cin: int, cout: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(cin, cout, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(cout)
-        self.conv2 = nn.Conv2d(cout, cout, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(cout)
-        self.short = nn.Conv2d(cin, cout, 1, stride, bias=False) if stride != 1 else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(y)) + self.short(x))
-
-
-def resnet8() -> nn.Module:
-    """The network of MLPerf Tiny's image classification task, in its 78 k-parameter form."""
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
-        Block(16, 16, 1), Block(16, 32, 2), Block(32, 64, 2),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, CLASSES),
-    )  # fmt: skip
-
-
 class Memory:
     """Random images in memory: the cheapest possible data, so that the loop itself shows."""
 
@@ -110,7 +85,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batches", type=int, default=30, help="steps in a turn")
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args(argv)
-    data, start = Memory(args.batches), resnet8()
+    data = Memory(args.batches)
+    start = tt.create_model("resnet8_mlperf_tiny", num_classes=CLASSES, img_size=SIZE, seed=0)
     parameters = sum(p.numel() for p in start.parameters())
 
     busy: dict[str, list[float]] = {}
@@ -122,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
             model, begin = deepcopy(start), time.process_time()
             train(model)
             busy.setdefault(name, []).append(time.process_time() - begin)
-            return float(model[0].weight.detach().sum())  # type: ignore[index, union-attr]
+            return sum(float(p.detach().double().sum()) for p in model.parameters())
 
         return call
 

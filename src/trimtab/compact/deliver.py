@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,8 +77,8 @@ def deliver(
         accuracy = OnnxModel(path, threads=os.cpu_count() or 1).evaluate(data, "val")["accuracy"] if evaluate else None
         verdict = budget.check({**cost, "accuracy": accuracy}, partial=accuracy is None)
         made.append(Delivery(path, kind == "int8", cost, verdict, accuracy))
-        log.info(
-            "  %s file: %.1f KB%s, %s", kind, cost["size"] / 1e3,
+        log.log(
+            logging.INFO if evaluate else logging.DEBUG, "  %s file: %.1f KB%s, %s", kind, cost["size"] / 1e3,
             "" if accuracy is None else f", validation accuracy {accuracy:.4f}", verdict.explain(),
         )  # fmt: skip
     return sorted(made, key=lambda d: _rank(d, made))

@@ -20,10 +20,11 @@ from trimtab.compact import finish, plan, search
 from trimtab.compact.deliver import Delivery, deliver
 from trimtab.compact.journal import Journal, seconds
 from trimtab.compact.speed import Settings, fastest_settings
+from trimtab.compress import methods
 from trimtab.core import artifact
 from trimtab.core.budget import Budget
 from trimtab.core.cost import measure
-from trimtab.core.errors import BudgetError, SurgeryError
+from trimtab.core.errors import BudgetError, SurgeryError, TrimtabError
 from trimtab.core.log import logger
 from trimtab.core.timing import torch_threads
 from trimtab.data import Data, load_data
@@ -38,6 +39,8 @@ TEACHER_SHARE = 0.3  # of the time left after the search, where a teacher is tra
 TEACHER_EPOCHS = 150  # a teacher is worth its time where the student alone could have so many epochs
 TEACHER_MACS = 4.0  # how much larger than the student a teacher may be
 UNTRAINED_SHARE = 0.45  # of the time, to train a given model that has no weights yet, before it is cut
+METHODS = ("magnitude", "tucker", "compactifai")  # what a given model is compressed by, each tried where time allows
+METHODS_SHARE, METHODS_FROM = 0.2, 60.0  # of the time left, for trying them; in jobs with at least so many seconds left
 SHORT = 120.0  # seconds: in shorter jobs, what the exporter takes counts
 SAVE_EVERY = 60.0  # seconds, at least, until the best model so far is put on disk again during the long training
 SAVE_SHARE = 0.03  # of the long training, at most, for that
@@ -163,6 +166,11 @@ class Job:
         accuracy = self.journal.once("original accuracy", lambda: evaluate(original, self.data, "val")["accuracy"])
         log.info("%.0f s  the original has validation accuracy %.4f", self.journal.used, accuracy)
         self._tried(self.given or "", "given", finish.brief(reference, accuracy), 0.0, fits=False)
+        method = self._method(original)
+        if method != "magnitude":
+            model = self._copy_from(self._kept_at(f"by {method}"))
+            model = self._train(model, "final", self._available(), KD(original), report=True)
+            return model, f"{self.given} by {method}"
         model = self._kept("start", lambda: copy.deepcopy(original))
         steps = 3 if self._available() > 90 else 1
         for step in range(1, steps + 1):
@@ -175,6 +183,36 @@ class Job:
 
             model = self._kept(f"cut {step}", cut_and_train)
         return model, self.given or ""
+
+    def _method(self, original: nn.Module) -> str:
+        """How to compress the given model: what learns best in a short training after it, measured, not guessed."""
+        found = self.journal.once("methods", lambda: list(METHODS) if self._available() > METHODS_FROM else [])
+        if not found:
+            return "magnitude"
+        share = self.journal.once("share of a method", lambda: METHODS_SHARE * self._available() / len(found))
+        goal = self._toward(original, 1.0)
+        scores = {m: self.journal.once(f"by {m}", lambda m=m: self._by(m, original, goal, share)) for m in found}  # type: ignore[misc]
+        best = max(found, key=lambda m: scores[m])
+        log.info("%.0f s  compressing by %s", self.journal.used, best)
+        return best
+
+    def _by(self, method: str, original: nn.Module, goal: Budget, share: float) -> float:
+        """Validation accuracy of the original compressed by `method` and trained for a while; -1 if it cannot be."""
+        start = self.journal.used
+        options = {"epochs": 0, "seed": self.seed, "progress": False}
+        options = {k: v for k, v in options.items() if k in methods.parameters(method)}
+        try:
+            small = methods.run(method, original, self.data, budget=goal, **options)
+        except (TrimtabError, ValueError) as e:
+            log.info("%.0f s  not by %s: %s", self.journal.used, method, e)
+            return -1.0
+        small = self._kept(f"by {method}", lambda: self._train(small, f"by {method}", share, KD(original)))
+        accuracy = evaluate(small, self.data, "val")["accuracy"]
+        cost = measure(small, (self.data.in_chans, *self.data.size), what=("params", "macs", "size"))
+        self._tried(f"{self.given} by {method}", "method", finish.brief(cost, accuracy), self.journal.used - start,
+                    fits=goal.check(cost.asdict(), partial=True).ok)  # fmt: skip
+        log.info("%.0f s  %.4f  by %s", self.journal.used, accuracy, method)
+        return accuracy
 
     # ------------------------------------------------------------------------------------------------------ their parts
 
@@ -258,7 +296,7 @@ class Job:
 
     def _better(self, final: nn.Module) -> nn.Module:
         """The long training, unless what the search left was better (a long training can be too short, too)."""
-        interim = self._copy_from(self.work / "kept" / "interim")
+        interim = self._copy_from(self._kept_at("interim"))
         scores = [evaluate(m, self.data, "val")["accuracy"] for m in (final, interim)]
         return final if scores[0] >= scores[1] else interim
 
@@ -377,7 +415,7 @@ class Job:
             accuracy = row.get("val_accuracy") or 0.0
             if report and accuracy > best and self.journal.used - saved > wait:
                 best, started = accuracy, self.journal.used
-                self._renew(model)
+                self._renew(model, accuracy)
                 saved = self.journal.used
                 wait = max(SAVE_EVERY, (saved - started) / SAVE_SHARE)
 
@@ -394,7 +432,7 @@ class Job:
             self.journal.once(f"history {key}", lambda: result.history)
         return result.model
 
-    def _renew(self, model: nn.Module) -> None:
+    def _renew(self, model: nn.Module, accuracy: float) -> None:
         """Put a model that is still being trained on disk as the best so far, if its file keeps the budget."""
         now, only = copy.deepcopy(model).eval(), self.journal.steps.get("kind")
         made = deliver(
@@ -402,6 +440,8 @@ class Job:
         )
         if made[0].verdict.ok:
             self.publish(now, made[0])
+            log.info("%.0f s  on disk: validation accuracy %.4f, %.1f KB", self.journal.used, accuracy,
+                     made[0].cost["size"] / 1e3)  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------------ small parts
 
@@ -412,9 +452,12 @@ class Job:
     def _trial(self, index: int) -> Path:
         return self.work / "trials" / str(index)
 
+    def _kept_at(self, name: str) -> Path:
+        return self.work / "kept" / name.replace(" ", "-")
+
     def _kept(self, name: str, make: Callable[[], nn.Module]) -> nn.Module:
         """A model made once; later lives load it."""
-        path = self.work / "kept" / name.replace(" ", "-")
+        path = self._kept_at(name)
         if self.journal.steps.get(f"kept {name}"):
             return self._copy_from(path)
         model = make()

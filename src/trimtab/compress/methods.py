@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from trimtab.learn.fit import fit
+
 
 def names() -> list[str]:
     """All methods.
@@ -24,7 +26,7 @@ def names() -> list[str]:
 
 
 def parameters(method: str) -> dict[str, Any]:
-    """Keyword parameters of a method and their defaults.
+    """Keyword parameters of a method and their defaults; those of `fit` where the method hands them on.
 
     Raises:
         ValueError: there is no such method; those there are are named.
@@ -37,7 +39,11 @@ def parameters(method: str) -> dict[str, Any]:
     if method not in names():
         raise ValueError(f"method must be one of {', '.join(names())}, got {method!r}")
     found = inspect.signature(getattr(compress, method)).parameters.values()
-    return {p.name: p.default for p in found if p.kind is p.KEYWORD_ONLY}
+    own = {p.name: p.default for p in found if p.kind is p.KEYWORD_ONLY}
+    if not any(p.kind is p.VAR_KEYWORD for p in found):
+        return own
+    further = inspect.signature(fit).parameters.values()
+    return {p.name: p.default for p in further if p.kind is p.KEYWORD_ONLY} | own
 
 
 def check(method: str, options: dict[str, Any]) -> None:
