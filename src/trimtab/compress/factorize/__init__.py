@@ -1,0 +1,1 @@
+"""Factorization: replacing a layer by a product of smaller ones."""
