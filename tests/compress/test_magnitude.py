@@ -201,7 +201,7 @@ def test_keyword_inputs_and_structured_outputs() -> None:
     ("kwargs", "message"),
     [
         ({"norm": 3}, "norm must be 1 or 2, got 3"),
-        ({"scope": "all"}, "scope must be 'global' or 'local', got 'all'"),
+        ({"scope": "all"}, "scope must be one of global, raw, local, got 'all'"),
         ({"round_to": 0}, "round_to must be a positive integer, got 0"),
         ({"min_keep": 1.5}, r"min_keep must be in \[0, 1\], got 1.5"),
         ({"budget": "accuracy>=0.9"}, "a pruner needs an upper bound"),

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from trimtab.compress.graph import patch
+from trimtab.compress.graph.blocks import residual_blocks
 from trimtab.compress.graph.count import Counter
 from trimtab.compress.graph.labels import Labels, Solution
 from trimtab.compress.graph.reference import narrowed_graph
-from trimtab.compress.graph.trace import innermost, input_shapes, trace
+from trimtab.compress.graph.trace import innermost, input_shapes, module_of, trace
 from trimtab.compress.graph.walk import Axis, Walk
 from trimtab.core.edit import Edit, Narrow, apply
 
@@ -121,13 +122,28 @@ class ChannelGraph:
 
     # -- what a choice costs -------------------------------------------------------------------------------------------
 
-    def macs(self, keep: Keep | Mask | None) -> int:
-        """Multiply-accumulates for one sample with only `keep`, in closed form."""
-        return self._counter.macs(self.mask(keep)) // self._batch
+    def macs(self, keep: Keep | Mask | None, *, without: Sequence[str] = ()) -> int:
+        """Multiply-accumulates for one sample with only `keep`, in closed form; none of the modules `without`."""
+        mask = self.mask(keep)
+        if not without:
+            return self._counter.macs(mask) // self._batch
+        runs = [not any(_inside(m, without) for m in module_of(node)) for node, _ in self._walk.products]
+        return int(self._counter.each_macs(mask)[runs].sum()) // self._batch
 
-    def params(self, keep: Keep | Mask | None) -> int:
-        """Number of parameters with only `keep`."""
-        return self._counter.params(self.mask(keep)) + self._other_params
+    def params(self, keep: Keep | Mask | None, *, without: Sequence[str] = ()) -> int:
+        """Number of parameters with only `keep`, and none of the modules `without`."""
+        mask = self.mask(keep)
+        if not without:
+            return self._counter.params(mask) + self._other_params
+        sizes = self._counter.each_params(mask)
+        return sum(sizes.get(n, p.numel()) for n, p in self.model.named_parameters() if not _inside(n, without))
+
+    def blocks(self) -> list[str]:
+        """Names of the residual blocks: modules that can be left out, for what they add to their input is not needed.
+
+        Of blocks inside blocks, the innermost.
+        """
+        return residual_blocks(self._trace, [n for n, _ in self.model.named_parameters()])
 
     # -- importance ----------------------------------------------------------------------------------------------------
 
@@ -343,6 +359,10 @@ class ChannelGraph:
         marked = np.zeros(self.units + 1, bool)
         marked[self.unit_of[labels]] = True
         return marked[:-1] if self.units else marked[:0]
+
+
+def _inside(name: str, modules: Sequence[str]) -> bool:
+    return any(name == m or name.startswith(m + ".") for m in modules)
 
 
 def _in(x: np.int64, sorted_values: NDArray[np.int64]) -> bool:

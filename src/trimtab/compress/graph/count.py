@@ -25,7 +25,8 @@ class Counter:
         self._unit_of = unit_of
         parameters = {a.tensor for a in walk.axes if a.parameter}
         self._macs = self._products([dims for _, dims in walk.products])
-        self._params = self._products([list(dims) for name, dims in walk.shapes.items() if name in parameters])
+        self._names = [name for name in walk.shapes if name in parameters]
+        self._params = self._products([list(walk.shapes[name]) for name in self._names])
         lengths = [len(u) for u in self._units]
         self._flat = np.concatenate([*self._units, np.empty(0, np.int64)]).astype(np.int64)
         self._starts = np.cumsum([0, *lengths[:-1]]) if lengths else np.empty(0, np.int64)
@@ -39,6 +40,10 @@ class Counter:
     def each_macs(self, mask: NDArray[np.bool_]) -> NDArray[np.int64]:
         """Of every product, in the order of the walk."""
         return self._each(self._macs, mask)
+
+    def each_params(self, mask: NDArray[np.bool_]) -> dict[str, int]:
+        """Of every parameter that the network uses and that has a dimension, by name."""
+        return dict(zip(self._names, self._each(self._params, mask).tolist(), strict=True))
 
     def _products(self, products: list[list[Dim]]) -> _Products:
         """Constant parts, and numbers of the label arrays of each product, padded with -1."""

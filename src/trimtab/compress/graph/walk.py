@@ -187,7 +187,7 @@ class Walk:
             def stand_in(node: fx.Node) -> Any:
                 if not isinstance(node.meta.get("val"), Tensor):
                     return node
-                return torch.tensor([0.0 if next(flags) else 0.7], dtype=torch.float64).to(node.meta["val"].dtype)
+                return torch.tensor([0.0 if next(flags) else 0.7], dtype=node.meta["val"].dtype, device="cpu")
 
             try:
                 args, kwargs = fx.node.map_arg((self.node.args, self.node.kwargs), stand_in)

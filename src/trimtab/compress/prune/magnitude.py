@@ -8,16 +8,15 @@ groups as in DepGraph, arXiv 2301.12900). No training is done here; fine-tune th
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from trimtab.compress.graph import ChannelGraph
 from trimtab.compress.prune.to_budget import prune_to
 from trimtab.core.budget import Budget
 from trimtab.core.edit import Edit, apply
+from trimtab.core.example import example_of
 
 
 def magnitude(
@@ -37,7 +36,7 @@ def magnitude(
         budget: bounds on macs, params, latency, size or memory; a percentage is of the model's own cost.
         norm: 1 or 2.
         scope: "global" compares all units, each score divided by its group's mean; "local" takes the same share of
-            every group.
+            every group; "raw" compares the scores as they are.
         round_to: keep multiples of this many channels where a group has as many.
         min_keep: share of each group that always stays.
 
@@ -74,17 +73,3 @@ def plan(
     return prune_to(
         graph, lambda g: g.norms(p=norm), budget, scope=scope, round_to=round_to, min_keep=min_keep
     )[0]  # fmt: skip
-
-
-def example_of(data: Any, model: nn.Module) -> Any:
-    """An example input for `model`: from a Data, a size (C, H, W), or what is one already."""
-    if isinstance(data, Sequence) and data and all(isinstance(n, int) for n in data):
-        size = tuple(data)
-    elif hasattr(data, "in_chans") and hasattr(data, "size"):
-        size = (data.in_chans, *data.size)
-    else:
-        return data
-    if len(size) != 3 or min(size) < 1:
-        raise ValueError(f"an input size must be (channels, height, width), got {size}")
-    p: Tensor | None = next(model.parameters(), None)
-    return torch.zeros((2, *size), device=None if p is None else p.device)

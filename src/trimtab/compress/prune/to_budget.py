@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from trimtab.compress.graph import ChannelGraph, Refused
+from trimtab.compress.graph.links import link_refused
 from trimtab.core.budget import Budget, format_value
 from trimtab.core.cost import measure
 from trimtab.core.edit import Edit, apply
@@ -21,6 +22,7 @@ from trimtab.core.errors import BudgetError
 Mask = NDArray[np.bool_]
 Scores = Sequence[Tensor]  # one tensor (size,) for each group, larger is more important
 CLOSED_FORM = ("macs", "params")
+SCOPES = ("global", "raw", "local")
 MAX_REFUSALS = 200
 
 
@@ -41,7 +43,8 @@ def prune_to(
         score: gives the scores of the groups that a graph has now.
         budget: upper bounds on "macs" and "params" are searched in closed form, bounds on other costs by measuring.
         scope: "global" ranks all units together, each score divided by its group's mean, so that groups of different
-            size and kind compare; "local" takes the same share of every group.
+            size and kind compare; "raw" ranks them together by their scores as they are; "local" takes the same share
+            of every group.
         round_to: keep multiples of this many channels, where a group has as many.
         min_keep: share of each group that always stays; one unit always does.
 
@@ -49,8 +52,8 @@ def prune_to(
         ValueError: for a scope, round_to or min_keep out of range.
         BudgetError: when the budget cannot be met; says how near it came.
     """
-    if scope not in ("global", "local"):
-        raise ValueError(f"scope must be 'global' or 'local', got {scope!r}")
+    if scope not in SCOPES:
+        raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}")
     if not isinstance(round_to, int) or round_to < 1:
         raise ValueError(f"round_to must be a positive integer, got {round_to!r}")
     if not 0 <= min_keep <= 1:
@@ -64,54 +67,22 @@ def prune_to(
         except Refused as refused:
             if not len(refused.units):
                 raise
-            if not _link(graph, refused):
+            if not link_refused(graph, refused):
                 graph.freeze(refused.units)
             last = refused
     raise last
 
 
-def _link(graph: ChannelGraph, refused: Refused) -> bool:
-    """Whether the groups that meet in a module can be cut when all keep the same share; then link them.
-
-    Modules of the same class are linked alike, and those of other classes that turn out to need it too (window and
-    channel attention on one residual stream), if that works; else this module alone.
-    """
-    modules = dict(graph.model.named_modules())
-    if refused.module == "" or not any(modules[refused.module].children()):
-        return False
-    classes = {type(modules[refused.module])}
-    for _ in range(4):
-        other = _link_inside(graph, [n for n, m in modules.items() if type(m) in classes])
-        if other is None:
-            return True
-        cls = type(modules[other.module])
-        if other.module == "" or cls in classes or not any(modules[other.module].children()):
-            break
-        classes.add(cls)
-    return _link_inside(graph, [refused.module]) is None
-
-
-def _link_inside(graph: ChannelGraph, names: Sequence[str]) -> Refused | None:
-    """Link the groups that meet in each of these modules if cutting them in step works, or say why it does not."""
-    joined: list[set[int]] = []
-    for new in (set(graph.meeting(n)) for n in names):
-        if len(new) > 1:
-            touching = [s for s in joined if s & new]
-            joined = [s for s in joined if not s & new] + [new.union(*touching)]
-    trial: dict[int, range] = {}
-    for s in joined:
-        steps = math.gcd(*(graph.groups[i].size for i in s))
-        trial |= {i: range(graph.groups[i].size // steps * ((steps + 1) // 2)) for i in s if steps > 1}
-    linked = [set(s) for s in graph.linked()]
-    if not trial or all(s in linked for s in joined):
-        return Refused("there is nothing to link", "", np.empty(0, np.int64))
-    try:
-        graph.edits(trial)
-    except Refused as refused:
-        return refused
-    for s in joined:
-        graph.link(s)
-    return None
+def shares(budget: str | Budget, graph: ChannelGraph) -> dict[str, float]:
+    """What share of the model's own cost each bound leaves, by cost: 0.5 for "macs<=50%", 1 where nothing must go."""
+    bounds = _bounds(Budget(budget), graph)
+    full: dict[str, Any] = {"macs": graph.macs(None), "params": graph.params(None)}
+    if others := [c.name for c in bounds.clauses if c.name not in full]:
+        full.update(_cost(graph.model, graph, others))
+    found: dict[str, float] = {}
+    for c in bounds.clauses:
+        found[c.name] = min(found.get(c.name, 1.0), c.limit / float(full[c.name]))
+    return found
 
 
 class Order:
@@ -135,12 +106,13 @@ class Order:
                 by = np.argsort(-values, kind="stable")
                 each = g.size // steps
                 row.ranks.append(g.units[by].reshape(steps, each))
-                total += (values[by] / max(values.mean(), 1e-30)).reshape(steps, each).mean(axis=1)
+                scale = 1.0 if scope == "raw" else max(values.mean(), 1e-30)
+                total += (values[by] / scale).reshape(steps, each).mean(axis=1)
                 channels = round_to // math.gcd(round_to, g.width)
                 row.step = math.lcm(row.step, channels // math.gcd(channels, each))
             row.least = max(1, math.ceil(min_keep * steps))
             self._rows.append(row)
-            shares.append(total / len(members) if scope == "global" else 1 - np.arange(steps) / steps)
+            shares.append(total / len(members) if scope != "local" else 1 - np.arange(steps) / steps)
         # At level n the n steps with the least share are gone: remember when each step of each row goes.
         flat = np.concatenate([*shares, np.empty(0)])
         when = np.empty(len(flat), np.int64)

@@ -70,7 +70,7 @@ def _contract_weight(w: Walk, x: Dim, weight: Dim) -> None:
     together = rs.unify(w.ledger, rs.flatten(w.ledger, x), weight)
     for labels in arrays(weight):
         w.ledger.consumed(labels)
-    if not all(f.zero for f in x):
+    if not all(f.zero for f in x if f.labels is not None):  # flattened space does not count
         for labels in arrays(together):
             w.ledger.leaks(labels)
 

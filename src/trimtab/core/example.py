@@ -1,0 +1,23 @@
+"""An example input for a model, from what callers have at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def example_of(data: Any, model: nn.Module) -> Any:
+    """An example input for `model`: from a Data, a size (C, H, W), or what is one already."""
+    if isinstance(data, Sequence) and data and all(isinstance(n, int) for n in data):
+        size = tuple(data)
+    elif hasattr(data, "in_chans") and hasattr(data, "size"):
+        size = (data.in_chans, *data.size)
+    else:
+        return data
+    if len(size) != 3 or min(size) < 1:
+        raise ValueError(f"an input size must be (channels, height, width), got {size}")
+    p: Tensor | None = next(model.parameters(), None)
+    return torch.zeros((2, *size), device=None if p is None else p.device)
