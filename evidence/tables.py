@@ -5,7 +5,7 @@
     <!-- end of table -->
 
 Tables: ``systems`` (all), ``family compress/prune`` (cards of one family, in words), ``evidence`` (every claim with its
-numbers).
+numbers), ``ternary_matmul`` (from that benchmark).
 """
 
 from __future__ import annotations
@@ -102,7 +102,25 @@ def evidence(_: str | None = None) -> str:
     return markdown(head, rows) if rows else "*No evidence has been measured yet.*"
 
 
-MAKERS: dict[str, Callable[[str | None], str]] = {"systems": systems, "family": family, "evidence": evidence}
+def ternary_matmul(_: str | None = None) -> str:
+    """Time over that of float32, from the benchmark's file."""
+    file = RESULTS.parent.parent / "benchmarks" / "results" / "ternary_matmul.json"
+    if not file.is_file():
+        return "*Not measured yet.*"
+    cells = json.loads(file.read_text(encoding="utf-8"))["table"]
+    names = list(cells[0]["ratios"])[1:]  # the first is the baseline
+    rows = [
+        [f"{c['outputs']} x {c['inputs']}", str(c["batch"]), *(f"{c['ratios'][n]:.2f}" for n in names)] for c in cells
+    ]
+    return markdown(["Outputs x inputs", "Batch", *names], rows)
+
+
+MAKERS: dict[str, Callable[[str | None], str]] = {
+    "systems": systems,
+    "family": family,
+    "evidence": evidence,
+    "ternary_matmul": ternary_matmul,
+}
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:

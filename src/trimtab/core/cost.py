@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
@@ -395,6 +395,8 @@ def _one_line(e: BaseException) -> str:
 
 
 def _nbytes(t: Tensor) -> int:
+    if is_traceable_wrapper_subclass(t):  # such as torchao's quantized weights: what is inside is what is stored
+        return sum(_nbytes(getattr(t, name)) for name in t.__tensor_flatten__()[0])
     if t.layout is torch.strided:
         return t.numel() * t.element_size()
     if t.layout in (torch.sparse_csr, torch.sparse_bsr):

@@ -260,7 +260,40 @@ def _parameters(model: onnx.ModelProto) -> dict[str, int]:
     for node in model.graph.node:  # packed: the file holds K x N codes in fewer bytes
         if node.op_type == "MatMulNBits" and node.input[1] in out:
             out[node.input[1]] = int(_attr(node, "K", 0)) * int(_attr(node, "N", 0))
+    out.update(_decoded(model, held, out))
     return out
+
+
+def _decoded(model: onnx.ModelProto, held: Mapping[str, onnx.TensorProto], out: dict[str, int]) -> dict[str, int]:
+    """Weights that nodes decode from packed codes: elements by the tensor of codes; what decodes them leaves `out`."""
+    import onnx
+
+    makers = {o: n for n in model.graph.node for o in n.output}
+    found: dict[str, str] = {}  # decoded value -> codes
+    for node in model.graph.node:
+        if node.op_type not in ("Conv", "Gemm", "MatMul"):
+            continue
+        leaves, ops, todo = [], set(), [node.input[1]]
+        while todo:
+            name = todo.pop()
+            maker = makers.get(name)
+            if maker is None or name in held:
+                leaves.append(name)
+            else:
+                ops.add(maker.op_type)
+                todo.extend(maker.input)
+        if "Gather" in ops and all(n in held for n in leaves):
+            found[node.input[1]] = max(leaves, key=lambda n: len(held[n].raw_data))
+            for name in leaves:
+                out.pop(name, None)
+    if not found:
+        return {}
+    known = {v.name: v for v in onnx.shape_inference.infer_shapes(model, data_prop=True).graph.value_info}
+    return {
+        codes: math.prod(d.dim_value for d in known[name].type.tensor_type.shape.dim)
+        for name, codes in found.items()
+        if name in known
+    }
 
 
 def _bits(node: onnx.NodeProto, shapes: Shapes, makers: Mapping[str, onnx.NodeProto]) -> tuple[int, int]:

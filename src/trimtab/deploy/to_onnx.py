@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trimtab.compress.quantize.packing import PackedWeight
 from trimtab.core.artifact import InputSpec
 from trimtab.core.cost import measure, quiet, twin
 from trimtab.core.edit import history
@@ -51,7 +52,7 @@ class Exported:
     Attributes:
         path: the file.
         size: its bytes.
-        max_abs_diff: largest difference between its outputs and PyTorch's (for int8 that is quantization noise).
+        max_abs_diff: largest difference between its outputs and PyTorch's (where activations are rounded, noise).
         agreement: share of images on which its best class is PyTorch's.
         int8: whether it is quantized.
         accuracy: of the file itself on `split`, None without data.
@@ -80,6 +81,7 @@ def export(
     spec: InputSpec | None = None,
     labels: Sequence[str] | None = None,
     int8: bool = False,
+    two_bit: bool = False,
     check: bool = True,
     simplify: bool = True,
     opset: int | None = None,
@@ -89,12 +91,15 @@ def export(
 ) -> Exported:
     """Write `model` as ONNX, check it against PyTorch, and say what came out. The model is not changed.
 
+    Packed low-bit weights stay packed in the file (`deploy.low_bit`).
+
     Args:
         path: ending in .onnx, the file; otherwise a directory, where it is called model.onnx.
         data: gives the input, the labels, real images for the check, and the accuracy of the file.
         spec: the input, when there is no data (or it is not the data's).
         labels: names of the classes; default: those of the data.
         int8: quantize with ONNX Runtime, calibrated on up to 512 train images; needs `data`.
+        two_bit: run ternary matrix products in ONNX Runtime's 2-bit operator, which rounds activations in blocks.
         check: compare the file's outputs with PyTorch's and refuse to write it when they differ.
         simplify: fold constants and batch norms.
         opset: ONNX operator set, default the exporter's.
@@ -112,6 +117,8 @@ def export(
         raise ValueError(f"exporter must be 'auto', 'dynamo' or 'classic', got {exporter!r}")
     if int8 and data is None:
         raise ValueError("int8 must be calibrated on real images; pass data=")
+    if int8 and two_bit:
+        raise ValueError("int8 and two_bit exclude each other")
     spec = spec or (data.spec if data is not None else spec_of(model))
     if data is not None and data.spec.size != spec.size:
         raise ValueError(f"spec and data must have one size, got {spec.size} and {data.spec.size}")
@@ -121,7 +128,7 @@ def export(
 
     plain = twin(model).cpu().float()
     plain = plain.to(memory_format=torch.contiguous_format)
-    samples = _samples(data, spec, split, AGREEMENT if int8 else PARITY)
+    samples = _samples(data, spec, split, AGREEMENT if int8 or two_bit else PARITY)
     expected = _run_torch(plain, samples)
     if labels is not None and expected.shape[-1] != len(labels):
         raise ValueError(f"labels must name the {expected.shape[-1]} outputs of the model, got {len(labels)} names")
@@ -132,12 +139,16 @@ def export(
         macs = measure(plain, spec.size, what="macs").macs or 1
         graph, more = _int8(graph, data, spec, samples, expected, dynamic, macs)
         notes += more
+    elif any(isinstance(m, PackedWeight) for m in plain.modules()):
+        notes += _low_bit(graph, two_bit)
+    elif two_bit:
+        raise ValueError("two_bit needs a model with packed ternary layers")
     raw = _finish(graph, spec, labels)
     session = open_session(raw)
     outputs = _run_onnx(session, samples, dynamic)
     diff = float(np.abs(outputs - expected).max())
     agreement = float((outputs.argmax(-1) == expected.argmax(-1)).mean())
-    if check and not int8 and diff > _tolerance(expected):
+    if check and not (int8 or two_bit or _rounds(plain)) and diff > _tolerance(expected):
         raise ExportError(_differs(diff, expected))
     accuracy = None
     if data is not None and spec.task == "classify":
@@ -204,6 +215,11 @@ def _run_onnx(session: Any, images: np.ndarray, dynamic: bool) -> np.ndarray:
     cuts = [0, 1, min(3, len(images)), *range(19, len(images), 16), len(images)] if dynamic else range(len(images) + 1)
     cuts = sorted({*cuts})
     return np.concatenate([session.run(None, {name: images[a:b]})[0] for a, b in pairwise(cuts)])
+
+
+def _rounds(model: nn.Module) -> bool:
+    """Whether activations are rounded inside: then a difference of 1e-7 may become one of a whole step."""
+    return any(getattr(m, "act_bits", 32) <= 8 for m in model.modules())
 
 
 def _tolerance(expected: np.ndarray) -> float:
@@ -273,6 +289,8 @@ def _convert(
     """The first attempt that runs and computes the right thing: (graph, exporter, open batch, notes)."""
     from trimtab.deploy import graph as passes
 
+    rounds = _rounds(model)
+
     kinds = ("dynamo", "classic") if exporter == "auto" else (exporter,)
     failures: list[str] = []
     worst: str | None = None
@@ -283,6 +301,12 @@ def _convert(
                 x = torch.from_numpy(samples[: 2 if dynamic else 1].copy())
                 with _silence(), quiet(model):
                     proto = _EXPORTERS[kind](model, x, opset, dynamic)
+                if rounds and check:  # to the letter; what is fused later moves numbers across a rounding
+                    some = samples[: 19 if dynamic else 3]
+                    plain = _run_onnx(open_session(proto.SerializeToString(), optimize=False), some, dynamic)
+                    if not (diff := float(np.abs(plain - expected[: len(some)]).max())) <= _tolerance(expected):
+                        worst = _differs(diff, expected)
+                        raise ExportError(worst)
                 if simplify:
                     proto = passes.simplify(proto)
                 if dynamic and proto.graph.input[0].type.tensor_type.shape.dim[0].HasField("dim_value"):
@@ -293,7 +317,7 @@ def _convert(
                         _run_onnx(open_session(proto.SerializeToString()), some, dynamic) - expected[: len(some)]
                     ).max()
                 )
-                if check and not diff <= _tolerance(expected):
+                if check and not rounds and not diff <= _tolerance(expected):
                     worst = _differs(diff, expected)
                     raise ExportError(worst)
             except Exception as e:
@@ -336,6 +360,17 @@ def _int8(
     if best[0] < 0.9:
         notes = (f"int8 changes the best class of {1 - best[0]:.0%} of the images; the model does not quantize well",)
     return best[1], notes
+
+
+def _low_bit(graph: ModelProto, two_bit: bool) -> tuple[str, ...]:
+    """Packed weights as packed bytes."""
+    from trimtab.deploy import low_bit
+
+    products = low_bit.two_bit_products(graph) if two_bit else 0
+    if two_bit and not products:
+        raise ExportError("there is no matrix product with ternary weights in the graph; leave two_bit out")
+    notes = (f"{products} products in 2 bits, activations in 8",) if products else ()
+    return (*notes, f"{low_bit.store_packed(graph)} weights stored packed")
 
 
 def _finish(graph: ModelProto, spec: InputSpec, labels: Sequence[str] | None) -> bytes:
