@@ -130,6 +130,8 @@ def compress(
             show_default="the method's, or 5 afterwards",
         ),
     ] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate of that training.")] = None,
+    opt: Annotated[str | None, typer.Option(help="Its optimizer, by timm's name.")] = None,
     seed: Seed = 0,
     fresh: Fresh = False,
 ) -> None:
@@ -154,8 +156,7 @@ def compress(
     has = methods.parameters(method)
     bars = log.progress_wanted()
     training: dict[str, Any] = {"seed": seed, "out": out / "training", "resume": not fresh, "progress": bars}
-    if epochs is not None:
-        training["epochs"] = epochs
+    training |= {k: v for k, v in (("epochs", epochs), ("lr", lr), ("opt", opt)) if v is not None}
     net, loaded = arguments.model_and_data(model, data, weights=None, pretrained=False, seed=seed)
     before = {"cost": arguments.cost_of(net, loaded), "accuracy": tt.evaluate(net, loaded)["accuracy"]}
     small = methods.run(method, net, loaded, **{k: v for k, v in training.items() if k in has}, **options)

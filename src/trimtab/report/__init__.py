@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from .card import model_card
     from .page import layers_plot, write
     from .pareto import pareto_svg
+    from .sensitivity import sensitivity_svg
 
-__all__ = ["layers_plot", "model_card", "pareto_svg", "write"]
+__all__ = ["layers_plot", "model_card", "pareto_svg", "sensitivity_svg", "write"]
 
-_HOME = {"write": "page", "layers_plot": "page", "model_card": "card", "pareto_svg": "pareto"}
+_HOME = {"write": "page", "layers_plot": "page", "model_card": "card", "pareto_svg": "pareto", "sensitivity_svg": "sensitivity"}
 
 __getattr__, __dir__ = lazy(__name__, _HOME)
