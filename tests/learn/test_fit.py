@@ -87,6 +87,15 @@ def test_global_random_state_is_given_back():
     assert before[2] == random.getstate()
 
 
+def test_it_learns_where_the_caller_has_switched_gradients_off():
+    model, alike = net(), net()
+    fit(model, DATA, **QUICK)
+    with torch.no_grad():
+        fit(alike, DATA, **QUICK)
+        assert not torch.is_grad_enabled()
+    assert same(weights(model), weights(alike))
+
+
 def test_accumulated_batches_equal_one_large_batch():
     one, two = net(norm="group"), net(norm="group")
     fit(one, DATA, epochs=2, batch_size=32, lr=0.1, clip_grad=0.5)

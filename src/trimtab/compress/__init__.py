@@ -1,30 +1,54 @@
-"""Making a model smaller: the channel graph, pruning, quantization, factorization.
+"""Making a model smaller: the channel graph, pruning, quantization, factorization; and `analyze`, which looks only.
 
 >>> from trimtab.compress import ChannelGraph, magnitude
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from trimtab.core.lazy import lazy
 
 if TYPE_CHECKING:
+    from trimtab.compress.factorize.compactifai import compactifai
+    from trimtab.compress.factorize.convs import cp, tucker
     from trimtab.compress.graph import ChannelGraph, Group
+    from trimtab.compress.prune.fast_sparse_convnets import fast_sparse_convnets
     from trimtab.compress.prune.magnitude import magnitude
+    from trimtab.compress.prune.otov2 import otov2
+    from trimtab.compress.prune.precropping import precropping
+    from trimtab.compress.quantize.bitnet_reloaded import bitnet_reloaded
+    from trimtab.compress.quantize.fliqs import fliqs
+    from trimtab.models.classify.ulsam import ulsam
 
 _WHERE = {
-    "ChannelGraph": "trimtab.compress.graph",
-    "Group": "trimtab.compress.graph",
-    "magnitude": "trimtab.compress.prune.magnitude",
+    "ChannelGraph": "graph",
+    "Group": "graph",
+    "fast_sparse_convnets": "prune.fast_sparse_convnets",
+    "magnitude": "prune.magnitude",
+    "otov2": "prune.otov2",
+    "bitnet_reloaded": "quantize.bitnet_reloaded",
+    "fliqs": "quantize.fliqs",
+    "compactifai": "factorize.compactifai",
+    "tucker": "factorize.convs",
+    "cp": "factorize.convs",
+    "precropping": "prune.precropping",
+    "ulsam": "trimtab.models.classify.ulsam",
+    "analyze": None,
 }
-__all__ = ["ChannelGraph", "Group", "magnitude"]
+__all__ = [
+    "ChannelGraph",
+    "Group",
+    "magnitude",
+    "fast_sparse_convnets",
+    "otov2",
+    "precropping",
+    "bitnet_reloaded",
+    "fliqs",
+    "compactifai",
+    "tucker",
+    "cp",
+    "ulsam",
+]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_WHERE[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
+__getattr__, __dir__ = lazy(__name__, _WHERE)

@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
-def lazy(package: str, where: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+def lazy(package: str, where: Mapping[str, str | None]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """`__getattr__` and `__dir__` of a package (PEP 562).
 
     Args:
         package: the package's `__name__`.
-        where: the module, relative to the package, that defines each name.
+        where: the module that defines each name, relative to the package or from "trimtab." on; None where the name is
+            a module of the package.
 
     Usage::
 
@@ -23,7 +24,10 @@ def lazy(package: str, where: Mapping[str, str]) -> tuple[Callable[[str], Any], 
     def getattribute(name: str) -> Any:
         if name not in where:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f"{package}.{where[name]}"), name)
+        home = where[name]
+        if home is None:
+            return importlib.import_module(f"{package}.{name}")
+        value = getattr(importlib.import_module(home if home.startswith("trimtab.") else f"{package}.{home}"), name)
         setattr(sys.modules[package], name, value)  # found at once the next time
         return value
 

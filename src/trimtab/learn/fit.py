@@ -188,6 +188,7 @@ class Run:
 
     def run(self) -> FitResult:
         with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())  # whatever the caller has set
             stack.enter_context(rng.isolated(self.s.seed + self.rank, self.device))
             self.interrupt = stack.enter_context(Interrupt())
             stack.callback(lambda: [t.finish() for t in self.trackers])  # end_training would end the processes' group
