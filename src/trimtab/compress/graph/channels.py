@@ -17,7 +17,7 @@ from trimtab.compress.graph.blocks import residual_blocks
 from trimtab.compress.graph.count import Counter
 from trimtab.compress.graph.labels import Labels, Solution
 from trimtab.compress.graph.reference import narrowed_graph
-from trimtab.compress.graph.trace import innermost, input_shapes, module_of, trace
+from trimtab.compress.graph.trace import innermost, input_shapes, inside, module_of, trace
 from trimtab.compress.graph.walk import Axis, Walk
 from trimtab.core.edit import Edit, Narrow, apply
 
@@ -127,7 +127,7 @@ class ChannelGraph:
         mask = self.mask(keep)
         if not without:
             return self._counter.macs(mask) // self._batch
-        runs = [not any(_inside(m, without) for m in module_of(node)) for node, _ in self._walk.products]
+        runs = [not any(inside(m, without) for m in module_of(node)) for node, _ in self._walk.products]
         return int(self._counter.each_macs(mask)[runs].sum()) // self._batch
 
     def params(self, keep: Keep | Mask | None, *, without: Sequence[str] = ()) -> int:
@@ -136,7 +136,7 @@ class ChannelGraph:
         if not without:
             return self._counter.params(mask) + self._other_params
         sizes = self._counter.each_params(mask)
-        return sum(sizes.get(n, p.numel()) for n, p in self.model.named_parameters() if not _inside(n, without))
+        return sum(sizes.get(n, p.numel()) for n, p in self.model.named_parameters() if not inside(n, without))
 
     def blocks(self) -> list[str]:
         """Names of the residual blocks: modules that can be left out, for what they add to their input is not needed.
@@ -359,10 +359,6 @@ class ChannelGraph:
         marked = np.zeros(self.units + 1, bool)
         marked[self.unit_of[labels]] = True
         return marked[:-1] if self.units else marked[:0]
-
-
-def _inside(name: str, modules: Sequence[str]) -> bool:
-    return any(name == m or name.startswith(m + ".") for m in modules)
 
 
 def _in(x: np.int64, sorted_values: NDArray[np.int64]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -88,6 +88,11 @@ def module_of(node: fx.Node) -> tuple[str, ...]:
 def innermost(node: fx.Node) -> str:
     """Name of the module in whose code the node was made."""
     return (module_of(node) or ("",))[-1]
+
+
+def inside(name: str, modules: Sequence[str]) -> bool:
+    """Whether a module or tensor of this name is one of the modules, or in one of them."""
+    return any(name == m or name.startswith(m + ".") for m in modules)
 
 
 def input_shapes(example: Any) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:

@@ -32,12 +32,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from trimtab.compress.graph import ChannelGraph, Group
-from trimtab.compress.prune.magnitude import example_of
 from trimtab.compress.prune.to_budget import prune_to
 from trimtab.core.budget import Budget
 from trimtab.core.card import Card, Claim
 from trimtab.core.edit import apply
 from trimtab.core.errors import SurgeryError
+from trimtab.core.example import example_of
 from trimtab.learn import fit
 from trimtab.learn.optim import make_optimizer
 from trimtab.learn.settings import Settings

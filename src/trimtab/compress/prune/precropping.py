@@ -37,12 +37,12 @@ from scipy.optimize import brentq, least_squares
 from torch import Tensor, nn
 
 from trimtab.compress.graph import ChannelGraph
-from trimtab.compress.prune.magnitude import example_of
 from trimtab.compress.prune.to_budget import prune_to, shares
 from trimtab.core.budget import Budget
 from trimtab.core.card import Card, Claim
 from trimtab.core.cost import measure
 from trimtab.core.edit import Edit, apply, history
+from trimtab.core.example import example_of
 
 CARD = Card(
     slug="precropping",
