@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 
 __all__ = ["layers_plot", "model_card", "pareto_svg", "sensitivity_svg", "write"]
 
-_HOME = {"write": "page", "layers_plot": "page", "model_card": "card", "pareto_svg": "pareto", "sensitivity_svg": "sensitivity"}
+_HOME = {
+    "write": "page",
+    "layers_plot": "page",
+    "model_card": "card",
+    "pareto_svg": "pareto",
+    "sensitivity_svg": "sensitivity",
+}
 
 __getattr__, __dir__ = lazy(__name__, _HOME)
