@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from trimtab.compress.graph.trace import Trace, module_of
 
 _ADDS = ("add", "add_")
+_VIEWS = ("view", "_unsafe_view", "reshape")  # the same numbers in the same order
 
 
 def residual_blocks(trace: Trace, parameters: Sequence[str]) -> list[str]:
@@ -56,10 +57,10 @@ def _shortcut(y: fx.Node, x: fx.Node, own: set[fx.Node]) -> bool:
         if node not in own or (node, added) in seen:
             continue
         seen.add((node, added))
-        inputs = [i for i in node.all_input_nodes if _shape(i) == _shape(y)]
+        inputs = node.all_input_nodes
         is_add = _name(node) in _ADDS
-        if is_add or len(node.all_input_nodes) == 1:
-            todo += [(i, added or is_add) for i in inputs]
+        if is_add or (len(inputs) == 1 and (_shape(inputs[0]) == _shape(node) or _name(node) in _VIEWS)):
+            todo += [(i, added or is_add) for i in inputs if not is_add or _shape(i) == _shape(node)]
     return False
 
 

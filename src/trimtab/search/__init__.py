@@ -1,0 +1,52 @@
+"""Networks that share weights, and how to find the one that fits: supernets without elastic layers.
+
+`elastic` makes a supernet of any network or builder; a system of this family is a preset of its parts, in one of the
+rooms below.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from trimtab.core.lazy import lazy
+
+if TYPE_CHECKING:
+    from trimtab.search.children import Child
+    from trimtab.search.costs import CostTable
+    from trimtab.search.passes import Pass, Passes
+    from trimtab.search.samplers import Chain, Sampler, Sandwich, Uniform
+    from trimtab.search.space import Gene, Space
+    from trimtab.search.supernet import Elastic, Found, elastic
+
+_WHERE = {
+    "elastic": "supernet",
+    "Elastic": "supernet",
+    "Found": "supernet",
+    "Space": "space",
+    "Gene": "space",
+    "Child": "children",
+    "CostTable": "costs",
+    "Pass": "passes",
+    "Passes": "passes",
+    "Sampler": "samplers",
+    "Uniform": "samplers",
+    "Sandwich": "samplers",
+    "Chain": "samplers",
+}
+__all__ = [
+    "elastic",
+    "Elastic",
+    "Found",
+    "Space",
+    "Gene",
+    "Child",
+    "CostTable",
+    "Pass",
+    "Passes",
+    "Sampler",
+    "Uniform",
+    "Sandwich",
+    "Chain",
+]
+
+__getattr__, __dir__ = lazy(__name__, _WHERE)
