@@ -75,7 +75,8 @@ def torch_pruning(importance: str) -> Callable[..., nn.Module]:
             "group-norm": (tp.pruner.GroupNormPruner, "mean"),  # of all that goes with it
         }[importance]
         example = torch.zeros(1, *data.spec.size)
-        stream = [model.conv1, model.linear, *(b.conv2 for s in model.stage_names for b in getattr(model, s))]
+        net: Any = model
+        stream = [net.conv1, net.linear, *(b.conv2 for s in net.stage_names for b in getattr(net, s))]
         pruner = entry(
             model.eval(), example, importance=tp.importance.GroupMagnitudeImportance(p=2, group_reduction=reduction),
             pruning_ratio=1.0, max_pruning_ratio=0.9, global_pruning=True, iterative_steps=STEPS, ignored_layers=stream,
@@ -128,6 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     result = compare(contenders, rounds=args.seeds, warmup=0, baseline=next(iter(contenders)))
     start = tt.create_model("resnet56_cifar", num_classes=10, weights=args.weights)
     full = tt.measure(start, data.spec.size, what=("macs", "params"))
+    assert full.macs is not None and full.params is not None
     result.facts |= {
         "model": f"ResNet-56, {full.macs / 1e6:.1f} M multiply-adds, {full.params:,} parameters, published weights",
         "accuracy before": tt.evaluate(start, data, "test")["accuracy"],

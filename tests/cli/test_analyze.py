@@ -11,20 +11,6 @@ from pathlib import Path
 import pytest
 
 import trimtab as tt
-from trimtab import cli
-
-
-@pytest.fixture
-def trimtab(capsys, monkeypatch, tmp_path):
-    """Run a command in an empty folder; gives (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*args: str) -> tuple[int, str, str]:
-        code = cli.main([str(a) for a in args])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -35,19 +35,6 @@ SPEC = InputSpec(size=(1, 8, 8), mean=(0.3,), std=(0.4,))
 LABELS = [str(n) for n in range(10)]
 
 
-@pytest.fixture
-def trimtab(capsys, monkeypatch, tmp_path):
-    """Run a command in an empty folder; gives (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*args: str) -> tuple[int, str, str]:
-        code = cli.main([str(a) for a in args])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory) -> Path:
     """A tiny classifier of digits, untrained."""
