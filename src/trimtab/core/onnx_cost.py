@@ -273,9 +273,12 @@ def _decoded(model: onnx.ModelProto, held: Mapping[str, onnx.TensorProto], out: 
     for node in model.graph.node:
         if node.op_type not in ("Conv", "Gemm", "MatMul"):
             continue
-        leaves, ops, todo = [], set(), [node.input[1]]
+        leaves, ops, seen, todo = [], set(), set(), [node.input[1]]
         while todo:
             name = todo.pop()
+            if name in seen:  # an activation may have come by exponentially many ways
+                continue
+            seen.add(name)
             maker = makers.get(name)
             if maker is None or name in held:
                 leaves.append(name)
