@@ -458,8 +458,10 @@ def _layers(model: nn.Module) -> dict[str, nn.Parameter]:
     found = {f"{name}.weight" if name else "weight": m.weight for name, m in model.named_modules() if _is_layer(m)}
     if not found:
         raise ValueError(f"model must have convolutions or linear layers, got a {type(model).__name__} without")
-    known: set[int] = set()
-    return {n: p for n, p in found.items() if id(p) not in known and not known.add(id(p))}  # type: ignore[func-returns-value]
+    first: dict[int, tuple[str, nn.Parameter]] = {}
+    for name, p in found.items():
+        first.setdefault(id(p), (name, p))
+    return dict(first.values())
 
 
 def _macs_of(model: nn.Module, data: Any, owners: Mapping[str, Tensor]) -> NDArray[np.float64]:
