@@ -1,8 +1,9 @@
 """FLIQS: one search against uniform and random formats of equal cost, the entropy penalty, and exact rounding.
 
-A small residual net on digits (8x8), all formats trained with the same recipe; the target is what the net costs with
-4 bits in every layer but the first and the last, which have 8. On one core of a CPU, three seeds take about four
-minutes.
+A small residual net on digits (8x8), trained in float and then, from the same weights and with the same recipe, in each
+way of choosing formats; the target is what the net costs with 4 bits in every layer but the first and the last, which
+have 8. On one core of a CPU, three seeds take about ten minutes. From scratch the search loses: half of a run this
+short goes by before formats settle (seed 0, on validation images: 84 % against 98 % for uniform int4 after 16 epochs).
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from trimtab.compress.quantize.swap import layers
 
 LEVEL = 4
 OPTIONS = ("int2", "int4", "int8")
-EPOCHS = 16
+PRETRAIN, EPOCHS = 12, 20
+RECIPE: dict[str, Any] = {"batch_size": 32, "clip_grad": 1.0, "val": None, "progress": False}
 POINT = 0.01  # of accuracy
 
 
@@ -70,17 +72,15 @@ def _searched(context: Context) -> list[ClaimResult]:
 
 def _one(context: Context, seed: int) -> dict[str, Any]:
     """Everything that is compared, for one seed."""
-    epochs = context.choose(full=EPOCHS, smoke=1)
+    pretrain, epochs = context.choose(full=(PRETRAIN, EPOCHS), smoke=(1, 1))
     data = tt.load_data("digits", seed=seed, limit=context.choose(full=None, smoke=256))
     net = tt.create_model("trim_net", width=8, num_classes=10, in_chans=1, img_size=8, seed=seed)
+    net = tt.fit(net, data, epochs=pretrain, lr=0.05, seed=seed, device=context.device, **RECIPE).model
     names = list(layers(net))
     seen: dict[str, Any] = {"accuracy": {}, "entropy": {}, "switches": {}}
 
     def train(kind: str, **given: Any) -> nn.Module:
-        model = fliqs(
-            net, data, epochs=epochs, lr=0.05, batch_size=32, clip_grad=1.0, val=None, seed=seed, progress=False,
-            device=context.device, **given,
-        )  # fmt: skip
+        model = fliqs(net, data, epochs=epochs, lr=0.02, seed=seed, device=context.device, **RECIPE, **given)
         seen["accuracy"][kind] = tt.evaluate(model, data, "test")["accuracy"]
         context.say(f"seed {seed}: {kind} {seen['accuracy'][kind]:.4f} {' '.join(formats_of(model).values())}")
         return model
@@ -97,7 +97,7 @@ def _one(context: Context, seed: int) -> dict[str, Any]:
     chosen = {n: f for n, f in formats_of(model).items() if n in names}
     train("retrained in these formats", formats=chosen)
     train("random formats", formats=_random(net, data, names, seed))
-    where = f"{data.name}, {len(data.splits['train'])} training images, {epochs} epochs"
+    where = f"{data.name}, {len(data.splits['train'])} training images, {pretrain} epochs in float, {epochs} in formats"
     bits = " ".join(f.removeprefix("int") for f in chosen.values())
     return seen | {"share": _bops(model, data) / target, "bits": bits, "where": where}
 

@@ -60,6 +60,27 @@ def simplify(model: ModelProto) -> ModelProto:
     return model
 
 
+def keep_zero_pads(model: ModelProto) -> None:
+    """Stop ONNX Runtime from moving zeros around an image into a MaxPool, which pads with minus infinity instead.
+
+    Its fusion (on by default) looks for a pad of exactly 0; the smallest normal number has no other effect.
+    """
+    made = {name: node for node in model.graph.node for name in node.output}
+    held = tensors(model)
+    for pool in model.graph.node:
+        pad = made.get(pool.input[0]) if pool.op_type == "MaxPool" else None
+        if pad is None or pad.op_type != "Pad" or attribute(pad, "mode", b"constant") != b"constant":
+            continue
+        given = pad.input[2] if len(pad.input) > 2 else ""
+        value = held[given] if given in held else attribute(made[given], "value") if given in made else None
+        value = numpy_helper.to_array(value) if isinstance(value, TensorProto) else value
+        if given and (value is None or value.dtype != np.float32 or np.any(value != 0)):
+            continue
+        pad.input[:] = [*pad.input[:2], pad.output[0] + ".zero", *pad.input[3:]]
+        tiny = np.asarray(np.finfo(np.float32).tiny, np.float32)
+        model.graph.initializer.append(numpy_helper.from_array(tiny, pad.input[2]))
+
+
 def _runtime_basics(model: ModelProto) -> ModelProto:
     """The graph that ONNX Runtime makes at its BASIC level: standard ONNX operators only."""
     import tempfile

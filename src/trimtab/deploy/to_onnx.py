@@ -301,6 +301,7 @@ def _convert(
                 x = torch.from_numpy(samples[: 2 if dynamic else 1].copy())
                 with _silence(), quiet(model):
                     proto = _EXPORTERS[kind](model, x, opset, dynamic)
+                passes.keep_zero_pads(proto)
                 if rounds and check:  # to the letter; what is fused later moves numbers across a rounding
                     some = samples[: 19 if dynamic else 3]
                     plain = _run_onnx(open_session(proto.SerializeToString(), optimize=False), some, dynamic)
