@@ -314,6 +314,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--timeout", type=float, default=400, help="seconds for one pair")
     parser.add_argument("--redo", action="store_true", help="also what is known already")
     parser.add_argument("--redo-failed", action="store_true", help="also what failed before")
+    parser.add_argument("--redo-slow", action="store_true", help="also what was not done in time before")
     parser.add_argument("--table", action="store_true", help="print what is known and stop")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -331,6 +332,7 @@ def main(argv: list[str] | None = None) -> int:
     todo = [] if args.table else [
         (s, n, t) for s, n in _wanted(args) for t in TOOLS if args.tool in (t, "both")
         if args.redo or (s, n, t) not in known or (args.redo_failed and not known[s, n, t]["ok"])
+        or (args.redo_slow and known[s, n, t]["step"] == "process")
     ]  # fmt: skip
     start = time.monotonic()
     for suite, name, tool in todo[: args.limit]:
@@ -347,9 +349,14 @@ def main(argv: list[str] | None = None) -> int:
 def _wanted(args: argparse.Namespace) -> list[tuple[str, str]]:
     suites = {"timm": TIMM, "torchvision": TORCHVISION, "huggingface": HUGGINGFACE}
     chosen = suites if args.suite == "all" else {args.suite: suites[args.suite]}
-    if args.models:
-        return [(next(iter(chosen)), n) for n in args.models.split(",")]
-    return [(s, n) for s, names in chosen.items() for n in names]
+    if not args.models:
+        return [(s, n) for s, names in chosen.items() for n in names]
+    asked = args.models.split(",")
+    found = [(s, n) for s, names in chosen.items() for n in names if n in asked]
+    others = [n for n in asked if n not in {m for _, m in found}]
+    if others and len(chosen) > 1:
+        raise SystemExit(f"--models must be of the lists, or --suite say what they are; got {', '.join(others)}")
+    return found + [(args.suite, n) for n in others]
 
 
 def _run(suite: str, name: str, tool: str, timeout: float) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from benchmarks.runner import Comparison, compare
+from trimtab.core.files import write_text
 from trimtab.core.onnx_file import open_session
 from trimtab.deploy.low_bit import matmul, two_bit_products
 
@@ -49,9 +49,8 @@ def main(argv: list[str] | None = None) -> None:
             cells.append(result)
             rows.append(result.facts | {"ratios": {n: round(result.ratio(n), 3) for n in result.series}})
     about = cells[0].asdict()
-    save(
-        args.out, {"table": rows, "cells": [c.asdict() for c in cells]} | {k: about[k] for k in ("machine", "versions")}
-    )
+    kept = {"table": rows, "cells": [c.asdict() for c in cells]} | {k: about[k] for k in ("machine", "versions")}
+    write_text(args.out, json.dumps(kept, indent=1) + "\n")
 
 
 def measure(shape: tuple[int, int], batch: int, rounds: int) -> Comparison:
@@ -135,14 +134,6 @@ def _seconds(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
-
-
-def save(path: Path, value: Any) -> None:
-    """JSON to a temporary name, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,25 @@ class Residual(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class Caching(nn.Module):
+    """Keeps a tensor made of a weight while it is evaluated, as LeViT does; has a parameter that nothing reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+        self.strength, self.unread = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(8))
+        self.cache: Tensor | None = None
+
+    def train(self, mode: bool = True) -> Caching:
+        self.cache = None if mode else self.cache
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training or self.cache is None:
+            self.cache = self.strength.exp()
+        return self.fc(self.stem(x).mean((2, 3)) * self.cache)
+
+
 class Gated(nn.Module):
     """Depthwise convolution and squeeze-and-excitation."""
 

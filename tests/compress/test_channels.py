@@ -58,6 +58,20 @@ def test_masked_equals_narrowed(net: type[nn.Module]) -> None:
         assert not torch.allclose(narrowed(x), model(x), atol=1e-3)
 
 
+def test_what_a_model_keeps_while_evaluated_hides_no_weight() -> None:
+    model = nets.Caching().eval()
+    model(nets.image())  # the kept tensor stands in for the weight from now on
+    graph = ChannelGraph(model, nets.image())
+    members = {name for g in graph.groups for name, _ in g.members}
+    assert members == {"stem.weight", "stem.bias", "strength", "fc.weight"}  # and not what nothing reads
+    keep = half(graph)
+    narrowed = apply(copy.deepcopy(model), graph.edits(keep))
+    with torch.no_grad():
+        for m in (model, narrowed.train().eval()):
+            assert type(m(nets.image(seed=3))) is torch.Tensor and m.cache is not None
+        torch.testing.assert_close(narrowed(nets.image(seed=3)), graph.masked(keep)(nets.image(seed=3)))
+
+
 @pytest.mark.parametrize("name", nets.BETWEEN)
 def test_operators_carry_channels_through(name: str) -> None:
     model = scrambled(nets.BETWEEN[name]().eval(), seed=1)

@@ -39,7 +39,9 @@ TEACHER_SHARE = 0.3  # of the time left after the search, where a teacher is tra
 TEACHER_EPOCHS = 150  # a teacher is worth its time where the student alone could have so many epochs
 TEACHER_MACS = 4.0  # how much larger than the student a teacher may be
 UNTRAINED_SHARE = 0.45  # of the time, to train a given model that has no weights yet, before it is cut
-METHODS = ("magnitude", "tucker", "compactifai")  # what a given model is compressed by, each tried where time allows
+# What a given model is compressed by, each tried where time allows; and the share of that time that a method trains by
+# itself, as OTOv2 has to.
+METHODS = {"magnitude": 0.0, "otov2": 0.7, "tucker": 0.0, "compactifai": 0.0}
 METHODS_SHARE, METHODS_FROM = 0.2, 60.0  # of the time left, for trying them; in jobs with at least so many seconds left
 SHORT = 120.0  # seconds: in shorter jobs, what the exporter takes counts
 SAVE_EVERY = 60.0  # seconds, at least, until the best model so far is put on disk again during the long training
@@ -199,14 +201,22 @@ class Job:
     def _by(self, method: str, original: nn.Module, goal: Budget, share: float) -> float:
         """Validation accuracy of the original compressed by `method` and trained for a while; -1 if it cannot be."""
         start = self.journal.used
-        options = {"epochs": 0, "seed": self.seed, "progress": False}
+        epochs = int(METHODS[method] * share * self.settings.speed / len(self.data.splits["train"]))
+        if METHODS[method] and not epochs:
+            log.info("%.0f s  not by %s: no time for one epoch", start, method)
+            return -1.0
+        options = {"epochs": epochs, "seed": self.seed, "progress": False}
+        if epochs:
+            options |= {k: getattr(self.settings, k) for k in ("batch_size", "precision", "channels_last")}
         options = {k: v for k, v in options.items() if k in methods.parameters(method)}
         try:
-            small = methods.run(method, original, self.data, budget=goal, **options)
+            with torch_threads(self.settings.threads):
+                small = methods.run(method, original, self.data, budget=goal, **options)
         except (TrimtabError, ValueError) as e:
             log.info("%.0f s  not by %s: %s", self.journal.used, method, e)
             return -1.0
-        small = self._kept(f"by {method}", lambda: self._train(small, f"by {method}", share, KD(original)))
+        left = max(share - (self.journal.used - start), 0.0) if epochs else share
+        small = self._kept(f"by {method}", lambda: self._train(small, f"by {method}", left, KD(original)))
         accuracy = evaluate(small, self.data, "val")["accuracy"]
         cost = measure(small, (self.data.in_chans, *self.data.size), what=("params", "macs", "size"))
         self._tried(f"{self.given} by {method}", "method", finish.brief(cost, accuracy), self.journal.used - start,

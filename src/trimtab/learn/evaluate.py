@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trimtab.core.errors import DataError
+from trimtab.learn.modes import eval_mode
 from trimtab.learn.objective import Batch, Objective
 
 
@@ -121,18 +122,15 @@ def predictions(
 @contextmanager
 def evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
     """The model in eval mode on a device; afterwards every submodule is in the mode and place it was in."""
-    modes = [(m, m.training) for m in model.modules()]
     home = device_of(model)
-    model.eval()
-    if home != device:
-        model.to(device)
-    try:
-        yield
-    finally:
+    with eval_mode(model):
         if home != device:
-            model.to(home)
-        for m, training in modes:
-            m.training = training
+            model.to(device)
+        try:
+            yield
+        finally:
+            if home != device:
+                model.to(home)
 
 
 class Tally:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 
 from trimtab.core.errors import SurgeryError
+from trimtab.learn.modes import eval_mode
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def trace(model: nn.Module, example: tuple[Tensor, ...], kwargs: Mapping[str, Te
         SurgeryError: when torch.export cannot follow the model.
     """
     try:
-        with evaluating(model), warnings.catch_warnings():
+        with eval_mode(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.export(model, example, dict(kwargs), strict=False)
             program = program.run_decompositions({})
@@ -66,18 +66,6 @@ def trace(model: nn.Module, example: tuple[Tensor, ...], kwargs: Mapping[str, Te
     if signature.buffers_to_mutate:
         _drop_mutations(program.graph, len(signature.buffers_to_mutate))
     return Trace(program.graph, names, constants, tuple(inputs))
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; every module gets its own mode back."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for m, mode in modes:
-            m.training = mode
 
 
 def module_of(node: fx.Node) -> tuple[str, ...]:

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
-from trimtab.compress.graph.trace import evaluating, module_of
+from trimtab.compress.graph.trace import module_of
+from trimtab.learn.modes import eval_mode
 
 if TYPE_CHECKING:
     from trimtab.compress.graph.channels import ChannelGraph
@@ -146,7 +147,7 @@ def run_beside(model: nn.Module, expected: Expected) -> Outcome:
 
     hooks = [m.register_forward_pre_hook(enter) for m in names] + [m.register_forward_hook(leave) for m in names]
     try:
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), eval_mode(model):
             out = model(*expected.args, **expected.kwargs)
     except _Stop:
         return Outcome(False, progress, tuple(running), reason)

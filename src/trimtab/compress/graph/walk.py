@@ -66,7 +66,7 @@ class Walk:
         for node in self.trace.graph.nodes:
             if node.op == "placeholder":
                 name = self.trace.tensors.get(node.name)
-                if name is not None and name in names:
+                if name is not None and name in names and node.users:  # what nothing reads is left alone
                     self.values[node] = self._tensor(names[name], tensors[names[name]])
                 elif isinstance(node.meta.get("val"), Tensor):
                     self.values[node] = constant(node.meta["val"].shape)
