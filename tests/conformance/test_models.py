@@ -18,11 +18,22 @@ def sizes(name: str) -> dict:
         return {"input_size": (3, 32, 32), "other_size": (3, 48, 48)}
     if name.startswith(("cct_6", "cct_7")):
         return {"input_size": (3, 16, 16), "other_size": (3, 24, 24)}
+    if name == "unireplknet_a" or name.startswith("skipblocknet"):
+        return {"input_size": (3, 64, 64), "other_size": (3, 96, 96)}
     return {}
 
 
-OURS = [n for n in list_models(ours=True) if n != "cct_14_7x2_384"]  # the network of cct_14_7x2_224 at another size
-FAMILIES = ["cct_2_3x2_32", "simplenet_cifar_310k", "resnet20_cifar", "trim_mobile_10k"]
+# Networks that are others of the list in another size.
+SAME = {"cct_14_7x2_384", *(f"unireplknet_{size}" for size in ("f", "p", "n", "t", "s", "b", "l", "xl"))}
+OURS = [n for n in list_models(ours=True) if n not in SAME]
+FAMILIES = [
+    "cct_2_3x2_32",
+    "simplenet_cifar_310k",
+    "resnet20_cifar",
+    "trim_mobile_10k",
+    "unireplknet_micro_32",
+    "skipblocknet_xs",
+]
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -13,6 +13,7 @@ from trimtab.core.edit import (
     Remove,
     Replace,
     SetAttr,
+    Tie,
     Widen,
     apply,
     describe,
@@ -82,6 +83,9 @@ def test_edits_survive_json(keep, more):
         (Replace("2", "torch.nn.Linear", {"nope": 1}), "cannot be built"),
         (Insert("2", "base", "torch.nn.ReLU"), "other than 'base'"),
         (Insert("2", "a", "torch.nn.ReLU", {}, where="beside"), "'before' or 'after'"),
+        (Tie("0.weight", "3.weight"), "cannot be the parameter 3.weight"),
+        (Tie("1.running_mean", "1.bias"), "cannot be the parameter 1.bias"),
+        (Tie("0.weight", "nope.weight"), "no module 'nope'"),
         (SetAttr("0", "nope", 1), "no attribute"),
         (SetAttr("0", "forward", 1), "only numbers, strings"),
         (SetAttr("0", "__class__", 1), "no attribute"),
@@ -220,3 +224,16 @@ def test_a_class_defined_elsewhere_is_refused_even_through_an_allowed_module(mon
 def test_malformed_json_is_one_clear_error(item):
     with pytest.raises(EditError):
         from_json([item])
+
+
+def test_tied_parameters_are_one_and_are_narrowed_together():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    ties = [Tie("1.weight", "0.weight"), Tie("1.bias", "0.bias")]
+    assert from_json(json.loads(json.dumps(to_json(ties)))) == ties
+    assert describe(ties) == ["1.weight: the same as 0.weight", "1.bias: the same as 0.bias"]
+    apply(net, ties, optimizer=optimizer)
+    assert net[1].weight is net[0].weight and net[1].bias is net[0].bias
+    assert len(optimizer.param_groups[0]["params"]) == len(list(net.parameters())) == 4
+    apply(net, [Narrow("0.weight", 0, (0, 1))])
+    assert net[1].weight is net[0].weight and net[1].weight.shape == (2, 4)

@@ -78,10 +78,14 @@ def test_schedules_at_their_corners():
     assert [one(p) for p in (0.0, 0.25, 1.0)] == pytest.approx([0.1, 1.0, 0.0])
     assert one(0.625) == pytest.approx(0.5)
     assert Schedule("cosine", 2.0, 1.0)(0.5) == pytest.approx(1.5)
+    falling = Schedule("exponential", 1.0, 0.01, least=0.05)
+    assert falling(0.25) == pytest.approx(0.01**0.25) and falling(0.9) == falling(1.0) == 0.05
     assert Schedule("constant", 3.0)(0.7) == 3.0 and Schedule("linear", 1.0, 3.0)(0.5) == 2.0
     assert one(-1) == one(0) and one(2) == one(1)
     with pytest.raises(ValueError, match="warmup must be in"):
         Schedule(warmup=1.0)
+    with pytest.raises(ValueError, match="an exponential needs a start and an end above 0"):
+        Schedule("exponential")
 
 
 def test_timm_schedules_follow_progress():

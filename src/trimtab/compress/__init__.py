@@ -13,13 +13,16 @@ if TYPE_CHECKING:
     from trimtab.compress.factorize.compactifai import compactifai
     from trimtab.compress.factorize.convs import cp, tucker
     from trimtab.compress.graph import ChannelGraph, Group
+    from trimtab.compress.merging import merge
     from trimtab.compress.prune.fast_sparse_convnets import fast_sparse_convnets
     from trimtab.compress.prune.magnitude import magnitude
     from trimtab.compress.prune.otov2 import otov2
     from trimtab.compress.prune.precropping import precropping
     from trimtab.compress.quantize.bitnet_reloaded import bitnet_reloaded
     from trimtab.compress.quantize.fliqs import fliqs
+    from trimtab.models.classify.dcls import dcls
     from trimtab.models.classify.ulsam import ulsam
+    from trimtab.models.classify.unireplknet import unireplknet
 
 _WHERE = {
     "ChannelGraph": "graph",
@@ -34,6 +37,9 @@ _WHERE = {
     "cp": "factorize.convs",
     "precropping": "prune.precropping",
     "ulsam": "trimtab.models.classify.ulsam",
+    "dcls": "trimtab.models.classify.dcls",
+    "unireplknet": "trimtab.models.classify.unireplknet",
+    "merge": "merging",
     "analyze": None,
 }
 __all__ = [
@@ -49,6 +55,9 @@ __all__ = [
     "tucker",
     "cp",
     "ulsam",
+    "dcls",
+    "unireplknet",
+    "merge",
 ]
 
 __getattr__, __dir__ = lazy(__name__, _WHERE)

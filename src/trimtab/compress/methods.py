@@ -6,12 +6,12 @@ copy. One that has a parameter `epochs` trains by itself; one that has `budget` 
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from torch import nn
 
-from trimtab.learn.fit import fit
+from trimtab.core import options as options_of
+from trimtab.learn import options as training
 
 
 def names() -> list[str]:
@@ -38,23 +38,12 @@ def parameters(method: str) -> dict[str, Any]:
 
     if method not in names():
         raise ValueError(f"method must be one of {', '.join(names())}, got {method!r}")
-    found = inspect.signature(getattr(compress, method)).parameters.values()
-    own = {p.name: p.default for p in found if p.kind is p.KEYWORD_ONLY}
-    if not any(p.kind is p.VAR_KEYWORD for p in found):
-        return own
-    further = inspect.signature(fit).parameters.values()
-    return {p.name: p.default for p in further if p.kind is p.KEYWORD_ONLY} | own
+    return training.parameters(getattr(compress, method))
 
 
 def check(method: str, options: dict[str, Any]) -> None:
     """Raises ValueError when the method has no such option, or needs one that is missing."""
-    known = parameters(method)
-    for name in options:
-        if name not in known:
-            raise ValueError(f"{method} has no option {name!r}; it has {', '.join(known)}")
-    missing = [name for name, default in known.items() if default is inspect.Parameter.empty and name not in options]
-    if missing:
-        raise ValueError(f"{method} needs {', '.join(missing)}")
+    options_of.check(method, options, parameters(method))
 
 
 def run(method: str, model: nn.Module, data: Any, **options: Any) -> nn.Module:

@@ -97,7 +97,16 @@ class SetAttr(Edit):
     kind: ClassVar[str] = "set_attr"
 
 
-KINDS: dict[str, type[Edit]] = {c.kind: c for c in (Narrow, Widen, Replace, Remove, Insert, SetAttr)}
+@dataclass(frozen=True)
+class Tie(Edit):
+    """Let the parameter `tensor` be the parameter `to`, of the same shape: one tensor with several names."""
+
+    tensor: str
+    to: str
+    kind: ClassVar[str] = "tie"
+
+
+KINDS: dict[str, type[Edit]] = {c.kind: c for c in (Narrow, Widen, Replace, Remove, Insert, SetAttr, Tie)}
 
 
 @dataclass
@@ -158,6 +167,8 @@ def describe(edits: Sequence[Edit]) -> list[str]:
                 lines[f"{e.module}+{e.name}"] = f"{e.module}: insert {new} {e.where} it as {e.name!r}"
             case SetAttr():
                 lines[f"{e.module}.{e.name}"] = f"{e.module or 'model'}.{e.name} = {e.value}"
+            case Tie():
+                lines[f"{e.tensor} tied"] = f"{e.tensor}: the same as {e.to}"
     return list(lines.values())
 
 
@@ -285,8 +296,7 @@ def _perform(model: nn.Module, e: Edit, moved: list[_Move]) -> None:
         case Replace():
             _put(model, e.module, _build(e.with_, e.kwargs, like=_module(model, e.module), model=model))
         case Remove():
-            _module(model, e.module)
-            _put(model, e.module, nn.Identity())
+            _put(model, e.module, nn.Identity().train(_module(model, e.module).training))
         case Insert():
             base = _module(model, e.module)
             if e.where not in ("before", "after"):
@@ -299,6 +309,12 @@ def _perform(model: nn.Module, e: Edit, moved: list[_Move]) -> None:
         case SetAttr():
             owner = _module(model, e.module) if e.module else model
             setattr(owner, e.name, _checked_value(owner, e.name, e.value))
+        case Tie():
+            own, other = _tensor(model, e.tensor), _tensor(model, e.to)
+            if not isinstance(own, nn.Parameter) or not isinstance(other, nn.Parameter) or own.shape != other.shape:
+                raise EditError(f"{e.tensor} {tuple(own.shape)} cannot be the parameter {e.to} {tuple(other.shape)}")
+            parent, _, leaf = e.tensor.rpartition(".")
+            model.get_submodule(parent)._parameters[leaf] = other
         case _:
             raise EditError(f"{type(e).__name__} is not an edit")
 
@@ -312,7 +328,7 @@ def _module(model: nn.Module, name: str) -> nn.Module:
         raise EditError(f"there is no module {name!r}") from None
 
 
-def _tensor(model: nn.Module, name: str, dim: int) -> Tensor:
+def _tensor(model: nn.Module, name: str, dim: int = 0) -> Tensor:
     owner, _, leaf = name.rpartition(".")
     module = _module(model, owner) if owner else model
     held: dict[str, Tensor | None] = {**module._buffers, **module._parameters}

@@ -13,8 +13,8 @@ def lazy(package: str, where: Mapping[str, str | None]) -> tuple[Callable[[str],
 
     Args:
         package: the package's `__name__`.
-        where: the module that defines each name, relative to the package or from "trimtab." on; None where the name is
-            a module of the package.
+        where: the module that defines each name, relative to the package or from "trimtab." on; followed by
+            ":attribute" where it has another name there; None where the name is a module of the package.
 
     Usage::
 
@@ -27,7 +27,9 @@ def lazy(package: str, where: Mapping[str, str | None]) -> tuple[Callable[[str],
         home = where[name]
         if home is None:
             return importlib.import_module(f"{package}.{name}")
-        value = getattr(importlib.import_module(home if home.startswith("trimtab.") else f"{package}.{home}"), name)
+        home, _, attribute = home.partition(":")
+        module = importlib.import_module(home if home.startswith("trimtab.") else f"{package}.{home}")
+        value = getattr(module, attribute or name)
         setattr(sys.modules[package], name, value)  # found at once the next time
         return value
 

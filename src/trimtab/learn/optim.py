@@ -21,6 +21,9 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer; each parameter that requires a gradient is in exactly one of them.
 
+    A layer may speak for its own parameters, by name: ``no_weight_decay()``, and ``lr_scales``, factors on the learning
+    rate.
+
     Args:
         modules: what is trained: the model, or the model and the modules trained along with it.
         lr: learning rate; each group carries its own ``lr``.
@@ -75,16 +78,22 @@ def make_optimizer(
 
 
 def _default_rule(module: nn.Module) -> Callable[[str, Tensor], bool]:
-    listed: Any = getattr(module, "no_weight_decay", tuple)
-    names = set(listed())
-    return lambda name, p: p.ndim <= 1 or name.endswith(".bias") or name in names
+    listed = {
+        f"{owner}.{name}" if owner else name
+        for owner, m in module.named_modules(remove_duplicate=False)
+        for name in getattr(m, "no_weight_decay", tuple)()
+    }
+    return lambda name, p: p.ndim <= 1 or name.endswith(".bias") or name in listed
 
 
 def _layer_scales(module: nn.Module, layer_decay: float | None) -> dict[str, float]:
-    if layer_decay is None or layer_decay == 1:
-        return {}
-    from timm.optim import param_groups_layer_decay
-
     name_of = {id(p): name for name, p in module.named_parameters()}
-    grouped = param_groups_layer_decay(module, layer_decay=layer_decay)
-    return {name_of[id(p)]: float(g["lr_scale"]) for g in grouped for p in g["params"]}
+    scales: dict[str, float] = {}
+    if layer_decay is not None and layer_decay != 1 and name_of:
+        from timm.optim import param_groups_layer_decay
+
+        grouped = param_groups_layer_decay(module, layer_decay=layer_decay)
+        scales = {name_of[id(p)]: float(g["lr_scale"]) for g in grouped for p in g["params"]}
+    own = {name_of[id(getattr(m, leaf))]: factor for m in module.modules()
+           for leaf, factor in getattr(m, "lr_scales", {}).items()}  # fmt: skip
+    return scales | {name: scales.get(name, 1.0) * factor for name, factor in own.items()}

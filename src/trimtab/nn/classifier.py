@@ -42,8 +42,9 @@ def check_sizes(**values: int) -> None:
 class Classifier(nn.Module):
     """Base of our image classifiers: (B, C, H, W) -> (B, `num_classes`).
 
-    Attributes set by `_make_head`: `num_classes`, `in_chans`, `num_features` (width before the classifier),
-    `head_hidden_size` (the same), `drop_rate`. `head_name` says which attribute holds the last linear layer.
+    Attributes set by `_make_head`: `num_classes`, `in_chans`, `num_features` (width of the features),
+    `head_hidden_size` (width before the classifier; the same unless a subclass says otherwise), `drop_rate`.
+    `head_name` says which attribute holds the last linear layer.
     """
 
     head_name = "head"
@@ -75,7 +76,7 @@ class Classifier(nn.Module):
         self.num_classes = num_classes
         head: nn.Module = nn.Identity()
         if num_classes > 0:
-            head = nn.Linear(self.num_features, num_classes)
+            head = nn.Linear(self.head_hidden_size, num_classes)
             self._init_classifier(head)
             if param is not None:
                 head = head.to(device=param.device, dtype=param.dtype)

@@ -1,5 +1,5 @@
 """Image classifiers. Importing this package registers ours in timm."""
 
-from trimtab.models.classify import cct, resnet_cifar, simplenet, tiny
+from trimtab.models.classify import cct, mbconv, resnet_cifar, simplenet, skipnet_bias_loss, tiny, unireplknet
 
-__all__ = ["cct", "resnet_cifar", "simplenet", "tiny"]
+__all__ = ["cct", "mbconv", "resnet_cifar", "simplenet", "skipnet_bias_loss", "tiny", "unireplknet"]
