@@ -39,7 +39,7 @@ from trimtab.core.files import write_text
 T = TypeVar("T")
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-NOT_SCRIPTS = {"__init__", "__main__", "runner", "tables"}
+NOT_SCRIPTS = {"__init__", "__main__", "runner", "step_cost", "tables"}
 ENOUGH_SEEDS = 3
 
 

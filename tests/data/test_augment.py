@@ -205,3 +205,19 @@ def test_the_global_random_state_is_not_touched():
 def test_no_steps_give_the_images_back():
     images = noise(4)
     assert torch.equal(Augment([])(images, generator()), images)
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_with_a_seed_of_its_own_a_picture_does_not_depend_on_its_neighbours(size: int):
+    steps, images, seeds = parse_augment("rrc+flip+randaugment+cutout"), noise(12, size, size), list(range(50, 62))
+    together = steps.apply(images, steps.draw_each(seeds, (size, size)))
+    for i in range(12):
+        alone = steps.apply(images[i : i + 1], steps.draw_each(seeds[i : i + 1], (size, size)))
+        assert torch.equal(alone[0], together[i])
+    assert not torch.equal(together, steps.apply(images, steps.draw_each(seeds[::-1], (size, size))))
+    assert steps.draw_each([], (size, size))[0]["box"].shape == (0, 4)
+
+
+def test_functions_of_whole_batches_have_no_seeds_for_pictures():
+    with pytest.raises(ValueError, match="functions see whole batches"):
+        Augment([augment.Custom(lambda x, g: x)], "custom").draw_each([1], (8, 8))

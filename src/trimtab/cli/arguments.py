@@ -5,8 +5,9 @@ Whatever is wrong with an argument is wrong use: `typer.BadParameter`, exit code
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -250,13 +251,20 @@ def budget_of(text: str | None) -> Budget | None:
         return None
     from trimtab.core.budget import Budget
 
-    try:
+    with wrong_use():
         return Budget(text)
+
+
+@contextlib.contextmanager
+def wrong_use() -> Iterator[None]:
+    """A ValueError in here means that an argument is wrong."""
+    try:
+        yield
     except ValueError as e:
         raise typer.BadParameter(str(e)) from None
 
 
-def options_of(given: Sequence[str] | None) -> dict[str, Any]:
+def options_of(given: Sequence[str] | None, flag: str = "--set") -> dict[str, Any]:
     """``NAME=VALUE`` pairs; values as in YAML: numbers, true, words, [lists].
 
     >>> options_of(["norm=1", "scope=local", "widths=[8, 16]"])
@@ -268,11 +276,11 @@ def options_of(given: Sequence[str] | None) -> dict[str, Any]:
     for pair in given or ():
         name, sign, value = pair.partition("=")
         if not sign or not name.strip().isidentifier():
-            raise typer.BadParameter(f"--set must be NAME=VALUE, such as norm=1, got {pair!r}")
+            raise typer.BadParameter(f"{flag} must be NAME=VALUE, such as norm=1, got {pair!r}")
         try:
             options[name.strip()] = yaml.safe_load(value)
         except yaml.YAMLError:
-            raise typer.BadParameter(f"--set {name.strip()}: {value!r} is not a value") from None
+            raise typer.BadParameter(f"{flag} {name.strip()}: {value!r} is not a value") from None
     return options
 
 

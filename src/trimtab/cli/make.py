@@ -65,6 +65,18 @@ def train(
     lr: Annotated[float | None, typer.Option(help="Peak learning rate; by default the optimizer's usual one.")] = None,
     opt: Annotated[str, typer.Option(help="Optimizer, by timm's name.")] = "sgd",
     size: Annotated[int | None, typer.Option(min=1, help="Image size in pixels; by default that of the data.")] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What is minimised, by its name in trimtab.learn.",
+            show_default="classify, or kd with --teacher",
+        ),
+    ] = None,
+    given: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="An option of the objective; may be repeated."),
+    ] = None,
     teacher: Annotated[str | None, typer.Option(help="Artifact to distil from.")] = None,
     weights: Annotated[Path | None, typer.Option(exists=True, help="Weights to start from (safetensors).")] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Start from timm's weights (a download).")] = False,
@@ -79,21 +91,27 @@ def train(
     Examples:
       trimtab train digits --model resnet8_mlperf_tiny --epochs 20 --out small/
       trimtab train photos/ --model mobilenetv3_small_100 --time 10m --opt adamw
-      trimtab train photos/ --model resnet8_mlperf_tiny --teacher big/
+      trimtab train photos/ --model resnet8_mlperf_tiny --teacher big/ --set T=2 --set alpha=0.5
+      trimtab train photos/ --model resnet8_mlperf_tiny --objective lsskd --set branches=3
     """
     if epochs is not None and time is not None:
         raise typer.BadParameter("give --epochs or --time, not both")
     limit = None if time is None else arguments.seconds_of(time)
     source = arguments.one_data(data, data_option)
+    name = objective or ("kd" if teacher else "classify")
+    options = arguments.options_of(given) | ({"teacher": teacher} if teacher else {})
     import trimtab as tt
-    from trimtab.learn import KD
+    from trimtab.learn import methods
 
+    with arguments.wrong_use():
+        methods.check(name, options)
+        network = {"teacher": arguments.artifact(teacher).model} if teacher else {}
+        minimised = methods.make(name, **options | network)
     net, loaded = arguments.model_and_data(model, source, size=size, weights=weights, pretrained=pretrained, seed=seed)
-    objective = KD(arguments.artifact(teacher).model) if teacher else None
     fitted = tt.fit(
         net,
         loaded,
-        objective,
+        minimised,
         epochs=None if limit else epochs or 10,
         time_limit=limit,
         batch_size=batch_size,
@@ -104,7 +122,7 @@ def train(
         resume=not fresh,
         progress=log.progress_wanted(),
     )
-    result = arguments.keep(fitted.model, loaded, out, "train", seed=seed)
+    result = arguments.keep(fitted.model, loaded, out, "train", seed=seed, objective=name, options=options)
     result |= {"seconds": fitted.seconds, "stopped": fitted.stopped}
     emit(result, lambda: say.result(result))
 
@@ -149,10 +167,8 @@ def compress(
     import trimtab as tt
     from trimtab.compress import methods
 
-    try:
+    with arguments.wrong_use():
         methods.check(method, options)
-    except ValueError as e:
-        raise typer.BadParameter(str(e)) from None
     has = methods.parameters(method)
     bars = log.progress_wanted()
     training: dict[str, Any] = {"seed": seed, "out": out / "training", "resume": not fresh, "progress": bars}

@@ -234,6 +234,18 @@ class Augment:
     def draw(self, n: int, size: tuple[int, int], generator: torch.Generator) -> list[Draws]:
         return [step.draw(n, size, generator) for step in self.steps]
 
+    def draw_each(self, seeds: Sequence[int], size: tuple[int, int]) -> list[Draws]:
+        """Numbers of samples that each have a seed of their own: the view of an image depends on its seed alone.
+
+        Raises:
+            ValueError: a step works on whole batches.
+        """
+        if self.whole_batch:
+            raise ValueError(f"augment must be words here, since functions see whole batches; got {self.text!r}")
+        rows = [self.draw(1, size, torch.Generator().manual_seed(seed)) for seed in seeds]
+        rows = rows or [self.draw(0, size, torch.Generator())]
+        return [{k: torch.cat([row[i][k] for row in rows]) for k in rows[0][i]} for i in range(len(self.steps))]
+
     def apply(self, images: Tensor, draws: Sequence[Draws], fill: Tensor | None = None) -> Tensor:
         """images: uint8 (B, C, H, W), left as it is; draws: of the same B samples."""
         if fill is None:

@@ -25,8 +25,32 @@ from trimtab.learn.taps import taps
 
 if TYPE_CHECKING:
     from trimtab.learn.distill.kd import KD
+    from trimtab.learn.distill.lsskd import HSAKD, LSSKD
+    from trimtab.learn.distill.tinyvit import FastDistill
+    from trimtab.learn.pretrain.simmim import SimMIM
+    from trimtab.learn.regularize.bias_loss import BiasLoss
+    from trimtab.learn.regularize.repulsion import Repulsion
 
-_METHODS = {"KD": "distill.kd"}
+_METHODS = {
+    "BiasLoss": "regularize.bias_loss",
+    "HSAKD": "distill.lsskd",
+    "KD": "distill.kd",
+    "LSSKD": "distill.lsskd",
+    "FastDistill": "distill.tinyvit",
+    "SimMIM": "pretrain.simmim",
+    "Repulsion": "regularize.repulsion",
+}
+# The word by which recipes, `trimtab train --objective` and `tt.learn` know an objective, and its class.
+OBJECTIVES = {
+    "classify": "Classify",
+    "bias_loss": "BiasLoss",
+    "hsakd": "HSAKD",
+    "kd": "KD",
+    "lsskd": "LSSKD",
+    "simmim": "SimMIM",
+    "tinyvit": "FastDistill",
+    "repulsion": "Repulsion",
+}
 __all__ = [
     "fit",
     "FitResult",
@@ -34,7 +58,14 @@ __all__ = [
     "Settings",
     "Objective",
     "Classify",
+    "OBJECTIVES",
+    "BiasLoss",
+    "HSAKD",
     "KD",
+    "LSSKD",
+    "FastDistill",
+    "SimMIM",
+    "Repulsion",
     "Context",
     "Batch",
     "backward_all",
@@ -57,4 +88,5 @@ __all__ = [
     "bn_recalibrate",
 ]
 
-__getattr__, __dir__ = lazy(__name__, _METHODS)
+_HOMES = {"Classify": "objective", **_METHODS}
+__getattr__, __dir__ = lazy(__name__, _METHODS | {word: f"{_HOMES[name]}:{name}" for word, name in OBJECTIVES.items()})

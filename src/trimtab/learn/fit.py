@@ -159,13 +159,14 @@ class Run:
             raise ValueError(f"objective must be an Objective, got {type(objective).__name__}")
         if "train" not in data.splits:
             raise DataError("the data has no split 'train'")
-        self.s, self.model, self.data, self.objective, self.on_epoch = s, model, data, objective, on_epoch
+        self.s, self.model, self.objective, self.on_epoch = s, model, objective, on_epoch
         started = Clock(s.time_limit, shared=False).started
         self.accelerator = _accelerator(s)
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.clock = Clock(s.time_limit, shared=self.world > 1)
         self.clock.started = started  # importing Accelerate takes time as well
         self.device = torch.device(s.device) if s.device is not None else self.accelerator.device
+        self.data = data = objective.prepare(data, s, self.device)
         if s.batch_size % self.world:
             raise ValueError(f"batch_size must be a multiple of the {self.world} processes, got {s.batch_size}")
         self.batch_size = min(s.batch_size, len(data.splits["train"]) // self.world * self.world)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from trimtab.learn.modes import eval_mode
+
 
 @contextmanager
 def bn_frozen(model: nn.Module) -> Iterator[None]:
@@ -47,25 +49,22 @@ def bn_recalibrate(
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not layers:
         return model
-    modes = [(m, m.training) for m in model.modules()]
     momenta = [m.momentum for m in layers]
     device = next(model.parameters()).device
-    model.eval()
-    try:
-        for m in layers:
-            m.reset_running_stats()
-            m.momentum = None  # None means cumulative average
-            m.train()
-        count = 0
-        for count, batch in enumerate(batches, start=1):
-            model((batch if isinstance(batch, Tensor) else batch["image"]).to(device))
-            if limit is not None and count >= limit:
-                break
-        if count == 0:
-            raise ValueError("bn_recalibrate needs at least one batch, got none")
-    finally:
-        for m, momentum in zip(layers, momenta):
-            m.momentum = momentum
-        for module, training in modes:
-            module.training = training
+    with eval_mode(model):
+        try:
+            for m in layers:
+                m.reset_running_stats()
+                m.momentum = None  # None means cumulative average
+                m.train()
+            count = 0
+            for count, batch in enumerate(batches, start=1):
+                model((batch if isinstance(batch, Tensor) else batch["image"]).to(device))
+                if limit is not None and count >= limit:
+                    break
+            if count == 0:
+                raise ValueError("bn_recalibrate needs at least one batch, got none")
+        finally:
+            for m, momentum in zip(layers, momenta):
+                m.momentum = momentum
     return model

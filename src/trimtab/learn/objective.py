@@ -14,13 +14,17 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from trimtab.learn.losses import soft_ce
+from trimtab.learn.modes import eval_mode
+
+if TYPE_CHECKING:
+    from trimtab.learn.settings import Settings
 
 Losses = Tensor | dict[str, Tensor] | Iterator[Tensor | dict[str, Tensor]]
 
@@ -90,6 +94,10 @@ class Objective:
         self.extra = nn.ModuleDict()
         return self
 
+    def prepare(self, data: Any, settings: Settings, device: torch.device) -> Any:
+        """The data to learn from: as given, or with views, fields or splits of the objective's own. Called first."""
+        return data
+
     def setup(self, model: nn.Module, batch: Batch) -> None:
         """Build train-only modules from real shapes, and refuse at the door what cannot work."""
 
@@ -141,13 +149,8 @@ class Classify(Objective):
 @torch.no_grad()
 def probe(objective: Objective, model: nn.Module, batch: Batch) -> Tensor:
     """The prediction for the first two samples, in eval mode; the model is left in the mode it had."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
+    with eval_mode(model):
         return objective.predict(model, Batch({k: v[:2] if isinstance(v, Tensor) else v for k, v in batch.items()}))
-    finally:
-        for m, training in modes:
-            m.training = training
 
 
 def check_logits(logits: Any, batch: Batch, *, who: str = "the model") -> int:

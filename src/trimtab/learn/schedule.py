@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-SHAPES = ("onecycle", "cosine", "linear", "constant")
+SHAPES = ("onecycle", "cosine", "linear", "exponential", "constant")
 
 
 @dataclass(frozen=True)
@@ -14,11 +14,13 @@ class Schedule:
     """progress in [0, 1] -> value: a linear warm-up from `first` to `start`, then the shape from `start` to `end`.
 
     Args:
-        shape: "cosine", "linear", "constant" (stays at `start`), or "onecycle" (warm-up, then a straight line down).
+        shape: "cosine", "linear", "exponential", "constant" (stays at `start`), or "onecycle" (warm-up, then a straight
+            line down).
         start: the value after the warm-up.
         end: the value at progress 1.
         warmup: share of the run spent warming up.
         first: the value at progress 0 if there is a warm-up.
+        least: the value never falls below this once the warm-up is over.
 
     >>> s = Schedule("cosine", start=1.0, end=0.0, warmup=0.5)
     >>> [round(s(p), 3) for p in (0.0, 0.25, 0.5, 0.75, 1.0)]
@@ -30,22 +32,30 @@ class Schedule:
     end: float = 0.0
     warmup: float = 0.0
     first: float = 0.0
+    least: float = 0.0
 
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:
             raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {self.shape!r}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup must be in [0, 1), got {self.warmup}")
+        if self.shape == "exponential" and not (self.start > 0 and self.end > 0):
+            raise ValueError(f"an exponential needs a start and an end above 0, got {self.start} and {self.end}")
 
     def __call__(self, progress: float) -> float:
         p = min(max(progress, 0.0), 1.0)
         if p < self.warmup:
             return self.first + (self.start - self.first) * p / self.warmup
-        q = (p - self.warmup) / (1.0 - self.warmup)
+        return max(self.least, self._fall((p - self.warmup) / (1.0 - self.warmup)))
+
+    def _fall(self, q: float) -> float:
+        """The shape, without warm-up."""
         if self.shape == "constant":
             return self.start
         if self.shape == "cosine":
             return self.end + (self.start - self.end) * 0.5 * (1.0 + math.cos(math.pi * q))
+        if self.shape == "exponential":
+            return self.start * (self.end / self.start) ** q
         return self.start + (self.end - self.start) * q
 
 

@@ -1,0 +1,1 @@
+"""Pre-training: features are learned without labels first."""
