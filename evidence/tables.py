@@ -5,7 +5,7 @@
     <!-- end of table -->
 
 Tables: ``systems`` (all), ``family compress/prune`` (cards of one family, in words), ``evidence`` (every claim with its
-numbers), ``ternary_matmul`` (from that benchmark).
+numbers), ``ternary_matmul`` (from that benchmark), ``supernets`` (one run that three systems share).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from trimtab.core.files import write_text
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MARKED = re.compile(r"(<!-- table: (?P<name>\w+)(?: (?P<arg>[\w/]+))? -->\n).*?(<!-- end of table -->)", re.DOTALL)
+SUPERNETS = ("bignas", "sortednet", "deps")
 KINDS = {0: "planned", 1: "1 present", 2: "2 exact", 3: "3 effective", 4: "4 usable"}
 
 
@@ -115,11 +116,30 @@ def ternary_matmul(_: str | None = None) -> str:
     return markdown(["Outputs x inputs", "Batch", *names], rows)
 
 
+def supernets(_: str | None = None) -> str:
+    """Every training of the run that the systems of supernets share: accuracy of its networks, in percent."""
+    columns = ("smallest", "median", "largest", "25 %", "50 %", "75 %")
+    table: dict[str, list[str]] = {}
+    for slug in SUPERNETS:
+        for claim in (_result(slug) or {"claims": []})["claims"]:
+            for name, row in (claim["measured"] | claim["baseline"]).items():
+                if isinstance(row, dict) and "smallest" in row:
+                    cost = row.get("MMACs per image and step")
+                    cells = [
+                        f"{100 * c['mean']:.1f} ± {100 * c['std']:.1f}" if (c := row.get(k)) else "" for k in columns
+                    ]
+                    table[name] = [f"`{name}`" if name in SUPERNETS else name, f"{cost}" if cost else "", *cells]
+    if not table:
+        return "*Not measured yet.*"
+    return markdown(["Trained", "M MACs a step", *columns], list(table.values()))
+
+
 MAKERS: dict[str, Callable[[str | None], str]] = {
     "systems": systems,
     "family": family,
     "evidence": evidence,
     "ternary_matmul": ternary_matmul,
+    "supernets": supernets,
 }
 
 

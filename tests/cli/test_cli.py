@@ -23,6 +23,7 @@ COMMANDS = [
     "train",
     "compress",
     "run",
+    "search",
     "measure",
     "predict",
     "export",
@@ -127,6 +128,11 @@ def test_no_command_is_untested_here():
         (["compact", "--time", "soon"], "a time must be like 90s"),
         (["compact", "photos", "--data", "photos"], "give the data once"),
         (["train", "--epochs", "1", "--time", "1m"], "not both"),
+        (["train", "--objective", "magic"], "objective must be one of bias_loss, classify"),
+        (["train", "--objective", "kd"], "kd needs teacher"),
+        (["train", "--objective", "lsskd", "--set", "branch=2"], "lsskd has no option 'branch'; it has teacher"),
+        (["train", "--objective", "lsskd", "--set", "extractor=big"], "extractor must be one of auto, stages, blocks"),
+        (["train", "--set", "smoothing=2"], "smoothing must be in [0, 1), got 2"),
         (["predict", "resnet8_mlperf_tiny", "."], "no images in"),
         (["show", "ctt"], "did you mean cct"),
         (["compress", "no_such_net"], "no model is called"),
@@ -257,6 +263,30 @@ def test_train_goes_on_with_an_artifact_and_a_teacher(trimtab, artifact, tmp_pat
     code, _, err = trimtab("train", "digits", "--model", artifact, "--size", "16")
     assert code == 2
     assert "an artifact has its own size" in err
+
+
+@pytest.mark.parametrize(
+    ("objective", "options"), [("bias_loss", ["--set", "alpha=0.5"]), ("lsskd", ["--set", "branches=2"]), ("hsakd", [])]
+)
+def test_train_with_an_objective_by_name(trimtab, artifact, digits, objective, options, tmp_path):
+    teacher = ["--teacher", "big"] if objective == "hsakd" else []
+    if teacher:
+        assert trimtab("train", digits, "--model", "trim_net", "--epochs", 1, "--out", "big")[0] == 0
+    args = ["--model", "trim_net", "--epochs", 1, "--out", "small", "--json", "--objective", objective]
+    code, out, err = trimtab("train", digits, *args, *options, *teacher)
+    assert code == 0, err
+    plain = tt.create_model("trim_net", num_classes=3, in_chans=1, img_size=8)
+    assert json.loads(out)["cost"]["params"] == sum(p.numel() for p in plain.parameters())
+    assert tt.load(tmp_path / "small").state_dict().keys() == plain.state_dict().keys()
+    manifest = json.loads((tmp_path / "small/trimtab.json").read_text())
+    assert manifest["provenance"]["objective"] == objective
+
+
+def test_an_objective_that_does_not_fit_the_model_says_so_in_one_line(trimtab, artifact):
+    args = ["--model", artifact, "--epochs", "1", "--objective", "lsskd", "--set", "branches=9"]
+    code, out, err = trimtab("train", "digits", *args)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "branches must be at most 2 for TrimNet, got 9" in err
 
 
 def test_folder_of_a_finished_run_stands_for_its_model(trimtab, artifact, tmp_path):

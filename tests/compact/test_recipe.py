@@ -42,7 +42,7 @@ def test_a_recipe_runs_and_a_second_run_repeats_nothing(tmp_path, monkeypatch):
         (("kd: {{teacher: big}}", "kd: {{teacher: bigger}}"), "earlier phase"),
         (("kd: {{teacher: big}}", "magic: {{}}"), "objective must be one of"),
         (("  - export: {{int8: true}}", "  - explode: {{}}"), "explode"),
-        (("  - export: {{int8: true}}", "  - {{}}"), "expected one of train, compress, export"),
+        (("  - export: {{int8: true}}", "  - {{}}"), "expected one of train, compress, search, export"),
         (("size<=20KB", "size<20KB"), "expected <= or >="),
         (("data: digits", "data: [unclosed"), "not YAML"),
     ],
@@ -53,6 +53,33 @@ def test_a_wrong_recipe_is_refused_before_anything_runs(tmp_path, change, says):
     with pytest.raises(ValueError, match=says):
         run(file)
     assert not (tmp_path / "o").exists()
+
+
+OBJECTIVES = """
+data: {data}
+model: {{name: trim_net, width: 4}}
+out: {out}
+phases:
+  - train: {{objective: {{lsskd: {{teacher: deepest, branches: 2}}}}, epochs: 1, progress: false}}
+    as: big
+  - train: {{objective: bias_loss, epochs: 1, progress: false}}
+  - train: {{objective: {{hsakd: {{teacher: big}}}}, epochs: 1, progress: false}}
+"""
+
+
+def test_objectives_by_name_and_words_as_their_teacher(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text(OBJECTIVES.format(data="{spec: digits, limit: 256}", out=tmp_path / "o"))
+    assert [p["phase"] for p in run(file)["phases"]] == ["train"] * 3
+    for wrong, says in (
+        (("teacher: deepest", "teacher: wise"), "teacher must be one of previous_epoch, deepest or None, got 'wise'"),
+        (("branches: 2", "branch: 2"), "lsskd has no option 'branch'; it has teacher"),
+        (("{{hsakd: {{teacher: big}}}}", "hsakd"), "hsakd needs teacher"),
+        (("objective: bias_loss", "objective: {{bias_loss: {{alpha: -1}}}}"), "alpha must not be negative"),
+    ):
+        file.write_text(OBJECTIVES.replace(*wrong).format(data="digits", out=tmp_path / "p"))
+        with pytest.raises(RecipeError, match=says):
+            run(file)
 
 
 def test_reading_runs_no_code(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from trimtab.core.errors import TrimtabError
-from trimtab.search import Chain, CostTable, Gene, Sandwich, Space, Uniform
+from trimtab.search import Among, Chain, CostTable, Gene, Sandwich, Space, Uniform
 from trimtab.search.space import SpaceError
 
 GENES = {"depth": (1, 2, 3), "width.1": (8, 16), "width.2": (8, 16), "width.3": (8, 16)}
@@ -187,3 +187,27 @@ def test_samplers_leave_the_global_randomness_alone():
 def test_a_chain_keeps_its_order():
     space = Space(GENES)
     assert Chain(space, [space.max(), space.min()]).next(7) == [space.max(), space.min()]
+
+
+def test_a_grid_moves_genes_of_a_kind_together():
+    space = Space({"width.a": (8, 16), "width.b": (8, 12, 16), "depth.a": (1, 2), "depth.b": (1, 2, 3)})
+    grid = list(space.grid())
+    widths = [(8, 8), (8, 12), (16, 16)]
+    assert {(a["width.a"], a["width.b"]) for a in grid} == set(widths) and len(grid) == 9
+    assert len(list(space.grid(free=("depth",)))) == 3 * 2 * 3
+    assert list(space.grid(2)) == [
+        {"width.a": w, "width.b": w, "depth.a": a, "depth.b": b} for w in (8, 16) for a, b in ((1, 1), (2, 3))
+    ]
+    assert {space.key(a) for a in grid} >= {space.key(space.scale(f)) for f in (0, 1)}
+
+
+def test_networks_are_drawn_from_a_list_as_often_as_was_said():
+    space = Space({"width": (8, 12, 16)})
+    sampler = Among(space, [{"width": 8}, {"width": 16}], n=2, p=[0.25, 0.75], seed=0)
+    drawn = [a["width"] for t in range(2000) for a in sampler.next(t)]
+    assert set(drawn) == {8, 16} and abs(drawn.count(16) / len(drawn) - 0.75) < 0.03
+    for p in ([0.5, 0.6], [1.0], [1.5, -0.5]):
+        with pytest.raises(ValueError, match="p must be probabilities of 2 networks"):
+            Among(space, [{"width": 8}, {"width": 16}], p=p)
+    with pytest.raises(ValueError, match="at least one"):
+        Among(space, [])

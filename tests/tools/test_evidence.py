@@ -175,3 +175,19 @@ def test_kept_results_keep_the_schema():
         assert record["slug"] == path.stem and 1 <= record["level"] <= 4
         assert {c["id"] for c in record["claims"]} <= {c.id for c in entry.card.claims}
         assert {"cpu", "cores"} <= set(record["machine"]) and "torch" in record["versions"]
+
+
+def test_the_table_of_supernets_is_made_from_three_results(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert "Not measured" in tables.supernets()
+    cell = {"mean": 0.412, "std": 0.012, "values": [0.4, 0.424]}
+    row = {"smallest": cell, "largest": cell, "50 %": cell, "MMACs per image and step": 1.5}
+    for slug, name in (("bignas", "bignas"), ("deps", "from 25 %")):
+        claim = {"measured": {name: row, "looks": 3}, "baseline": {"alone": {"smallest": cell}}}
+        (tmp_path / f"{slug}.json").write_text(json.dumps({"claims": [claim]}))
+    lines = tables.supernets().splitlines()
+    assert lines[2:] == [
+        "| `bignas` | 1.5 | 41.2 ± 1.2 |  | 41.2 ± 1.2 |  | 41.2 ± 1.2 |  |",
+        "| alone |  | 41.2 ± 1.2 |  |  |  |  |  |",
+        "| from 25 % | 1.5 | 41.2 ± 1.2 |  | 41.2 ± 1.2 |  | 41.2 ± 1.2 |  |",
+    ]

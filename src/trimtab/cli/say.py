@@ -83,6 +83,18 @@ def result(result: Mapping[str, Any]) -> None:
             print(f"  {name:12}{words(name, value)}{past}")
 
 
+def searched(found: Mapping[str, Any]) -> None:
+    result(found)
+    print(f"best at their cost, of {found['tried']} networks inside the budget:")
+    for row in found["front"]:
+        print(
+            f"  {words('accuracy', row['accuracy']):>8}  {words('macs', row['macs'])}  {words('params', row['params'])}"
+        )
+    budget(found["budget"])
+    for file in found["files"]:
+        print(f"  {file}")
+
+
 def run(run: Mapping[str, Any], out: Path) -> None:
     result = run.get("result") or {}
     print(result.get("summary") or run.get("title"))

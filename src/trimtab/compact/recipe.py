@@ -6,7 +6,7 @@
     phases:
       - train: {epochs: 20, lr: 0.2}
         as: big                        # a name for the model after this phase
-      - compress: {method: magnitude, budget: "macs<=50%"}
+      - compress: {method: magnitude, budget: "macs<=50%"}  # or: search: {method: bignas, budget: "macs<=50%"}
       - train: {objective: {kd: {teacher: big}}, epochs: 10}
       - export: {int8: true}
     budget: "size<=20KB"               # checked on the exported file
@@ -27,6 +27,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
+from trimtab.compact import searched
 from trimtab.compact.deliver import measured
 from trimtab.compact.journal import Journal
 from trimtab.compress import methods
@@ -35,16 +36,18 @@ from trimtab.core.budget import Budget
 from trimtab.core.errors import TrimtabError
 from trimtab.core.files import write_text
 from trimtab.core.log import logger
+from trimtab.core.options import REQUIRED
 from trimtab.data import Data, load_data
 from trimtab.deploy import export
-from trimtab.learn import KD, Classify, Objective, evaluate, fit
+from trimtab.learn import Objective, evaluate, fit
+from trimtab.learn import methods as objectives
 from trimtab.models import create_model, load
+from trimtab.search import systems
 
 log = logger(__name__)
 
 MAX_BYTES = 1_000_000  # of a recipe file
-# Names that a recipe may use; a system adds itself here through its room's `__init__`.
-OBJECTIVES: dict[str, Callable[..., Objective]] = {"classify": Classify, "kd": KD}
+KINDS = ("train", "compress", "search", "export")
 
 
 class RecipeError(TrimtabError, ValueError):
@@ -52,17 +55,18 @@ class RecipeError(TrimtabError, ValueError):
 
 
 class Phase(BaseModel):
-    """One of train, compress, export; `as` names the model that comes out."""
+    """One of train, compress, search, export; `as` names the model that comes out."""
 
     model_config = ConfigDict(extra="forbid")
     train: dict[str, Any] | None = None
     compress: dict[str, Any] | None = None
+    search: dict[str, Any] | None = None
     export: dict[str, Any] | None = None
     as_: str | None = Field(default=None, alias="as")
 
     @property
     def kind(self) -> str:
-        return next(k for k in ("train", "compress", "export") if getattr(self, k) is not None)
+        return next(k for k in KINDS if getattr(self, k) is not None)
 
 
 class Recipe(BaseModel):
@@ -95,13 +99,15 @@ def read(path: str | Path) -> Recipe:
         raise RecipeError(f"{path}: {'.'.join(map(str, first['loc'])) or 'recipe'}: {first['msg']}") from e
     names: set[str] = set()
     for i, phase in enumerate(recipe.phases):
-        kinds = [k for k in ("train", "compress", "export") if getattr(phase, k) is not None]
+        kinds = [k for k in KINDS if getattr(phase, k) is not None]
         if len(kinds) != 1:
-            raise RecipeError(f"{path}: phases.{i}: expected one of train, compress, export, got {kinds or 'none'}")
+            raise RecipeError(f"{path}: phases.{i}: expected one of {', '.join(KINDS)}, got {kinds or 'none'}")
         if phase.train is not None:
             _objective(phase.train.get("objective", "classify"), names, lambda name: nn.Identity())
         if phase.compress is not None:
-            _check_compress(phase.compress, f"{path}: phases.{i}")
+            _check(phase.compress, methods.check, "magnitude", f"{path}: phases.{i}")
+        if phase.search is not None:
+            _check(phase.search, systems.check, "bignas", f"{path}: phases.{i}")
         names |= {phase.as_} if phase.as_ else set()
     if not {"name", "load"} & set(recipe.model):
         raise RecipeError(f"{path}: model: expected a 'name' or an artifact to 'load', got {recipe.model}")
@@ -136,11 +142,12 @@ def run(path: str | Path) -> dict[str, Any]:
             export(model, target, data=data, **(phase.export or {}))
             files.append(str(target))
         else:
-            model = (
-                _train(phase, model, data, folder, named, recipe.seed)
-                if phase.train is not None
-                else _compress(phase, model, data, folder, recipe.seed)
-            )
+            if phase.train is not None:
+                model = _train(phase, model, data, folder, named, recipe.seed)
+            elif phase.compress is not None:
+                model = _compress(phase, model, data, folder, recipe.seed)
+            else:
+                model = _search(phase, model, data, folder, recipe.seed)
             artifact.save(model, folder, spec=data.spec, labels=data.class_names)
         if phase.as_:
             named[phase.as_] = folder
@@ -185,28 +192,40 @@ def _compress(phase: Phase, model: nn.Module, data: Data, folder: Path, seed: in
     return methods.run(model=model, data=data, **{k: v for k, v in training.items() if k in known}, **given)
 
 
-def _check_compress(given: dict[str, Any], where: str) -> None:
+def _search(phase: Phase, model: nn.Module, data: Data, folder: Path, seed: int) -> nn.Module:
+    """The network that was found; the report with what was tried is in the phase's folder."""
+    given = {"method": "bignas", "seed": seed, **(phase.search or {})}
+    method = given.pop("method")
+    small, found = systems.run(method, model, data, out=folder.with_name(folder.name + ".training"), **given)
+    folder.mkdir(parents=True, exist_ok=True)
+    tested = evaluate(small, data, "test")["accuracy"]
+    searched.write(found, small, data, folder, method=method, tested=tested, command="", seed=seed)
+    return small
+
+
+def _check(given: dict[str, Any], check: Callable[[str, dict[str, Any]], None], usual: str, where: str) -> None:
     options = dict(given)
     try:
-        methods.check(options.pop("method", "magnitude"), options)
         Budget(options.get("budget") or "macs<=50%")
+        check(options.pop("method", usual), options)
     except ValueError as e:
         raise RecipeError(f"{where}: {e}") from e
 
 
 def _objective(said: Any, named: set[str], get: Callable[[str], nn.Module]) -> Objective:
-    """`kd`, or `{kd: {teacher: big, T: 4}}`; a teacher is the name of an earlier phase's model."""
-    name, given = (said, {}) if isinstance(said, str) else next(iter(said.items()), (None, {}))
-    if name not in OBJECTIVES:
-        raise RecipeError(f"objective must be one of {', '.join(OBJECTIVES)}, got {said!r}")
+    """`kd`, or `{kd: {teacher: big, T: 4}}`; a teacher is the name of an earlier phase's model.
+
+    An objective whose teacher has a default takes words for it, too.
+    """
+    name, given = (said, {}) if isinstance(said, str) else next(iter(said.items()), ("", {}))
     given = dict(given or {})
-    if "teacher" in given:
-        if given["teacher"] not in named:
-            raise RecipeError(
-                f"teacher must be the name of an earlier phase ({', '.join(sorted(named)) or 'none yet'})"
-            )
-        given["teacher"] = get(given["teacher"])
     try:
-        return OBJECTIVES[name](**given)
-    except TypeError as e:
-        raise RecipeError(f"objective {name}: {e}") from e
+        teacher = given.get("teacher")
+        if teacher in named:
+            given["teacher"] = get(teacher)
+        elif teacher is not None and objectives.parameters(name).get("teacher") is REQUIRED:
+            earlier = ", ".join(sorted(named)) or "none yet"
+            raise ValueError(f"teacher must be the name of an earlier phase ({earlier}), got {teacher!r}")
+        return objectives.make(name, **given)
+    except ValueError as e:
+        raise RecipeError(f"objective {said!r}: {e}") from e

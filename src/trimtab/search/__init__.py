@@ -14,11 +14,19 @@ if TYPE_CHECKING:
     from trimtab.search.children import Child
     from trimtab.search.costs import CostTable
     from trimtab.search.passes import Pass, Passes
-    from trimtab.search.samplers import Chain, Sampler, Sandwich, Uniform
+    from trimtab.search.samplers import Among, Chain, Sampler, Sandwich, Uniform
     from trimtab.search.space import Gene, Space
     from trimtab.search.supernet import Elastic, Found, elastic
+    from trimtab.search.supernets.bignas import bignas
+    from trimtab.search.supernets.deps import deps
+    from trimtab.search.supernets.sortednet import sortednet
+    from trimtab.search.trained import Trained
 
 _WHERE = {
+    "bignas": "supernets.bignas",
+    "deps": "supernets.deps",
+    "sortednet": "supernets.sortednet",
+    "Trained": "trained",
     "elastic": "supernet",
     "Elastic": "supernet",
     "Found": "supernet",
@@ -32,8 +40,13 @@ _WHERE = {
     "Uniform": "samplers",
     "Sandwich": "samplers",
     "Chain": "samplers",
+    "Among": "samplers",
 }
 __all__ = [
+    "bignas",
+    "deps",
+    "sortednet",
+    "Trained",
     "elastic",
     "Elastic",
     "Found",
@@ -47,6 +60,7 @@ __all__ = [
     "Uniform",
     "Sandwich",
     "Chain",
+    "Among",
 ]
 
 __getattr__, __dir__ = lazy(__name__, _WHERE)

@@ -60,6 +60,14 @@ class Child:
         set_mode(self.skeleton, parent.training, regularise=regularise)
         return functional_call(self.skeleton, self.tensors(parent, apart=True), (x,))
 
+    def use(self, parent: nn.Module) -> dict[str, Tensor]:
+        """How often the child uses each entry of the parent's parameters: 1 where it takes it, 0 elsewhere."""
+        zeros = {name: torch.zeros_like(p, requires_grad=True) for name, p in parent.named_parameters()}
+        with torch.enable_grad():
+            taken = [cut(zeros[name], parts).sum() for name, parts in self.cuts.items() if name in zeros]
+            torch.stack(taken).sum().backward()
+        return {name: torch.zeros_like(z) if z.grad is None else z.grad for name, z in zeros.items()}
+
     @torch.no_grad()
     def copy(self, parent: nn.Module) -> nn.Module:
         """The child as a network of its own, in eval mode."""

@@ -44,23 +44,18 @@ class FromGraph:
         example: an input (B, C, H, W).
         words: "width": shares, ending with 1, or a mapping from patterns of layer names to shares; "depth": "blocks"
             for any number of each container's blocks, or shares of them, ending with 1; "resolution": sides in pixels.
+            See `check_words`.
         order: "norm" or None: put the channels with the largest weights first.
 
     Raises:
-        ValueError: for words that make no sense.
         SurgeryError: when the network cannot be traced, or has nothing that could be left out.
     """
 
     def __init__(
         self, model: nn.Module, example: Any, words: Mapping[str, Any], *, order: str | None = "norm", seed: int = 0
     ) -> None:
-        unknown = set(words) - set(WORDS)
-        if unknown or not words:
-            raise ValueError(f"the space of a network must be of {', '.join(WORDS)}, got {sorted(words)}")
         if order not in ("norm", None):
             raise ValueError(f"order must be 'norm' or None, got {order!r}")
-        _check_width(words.get("width", (1.0,)))
-        _check_sides(words.get(RESOLUTION, (1,)))
         self.model = copy.deepcopy(model)
         self._graph = ChannelGraph(self.model, example)
         self._seed = seed
@@ -334,8 +329,6 @@ def _widths(graph: ChannelGraph, shares: Shares) -> dict[str, _Width]:
 
 
 def _depth_stages(graph: ChannelGraph, depth: Any) -> dict[str, _Stage]:
-    if depth != "blocks":
-        _check_shares("depth", depth)
     containers: dict[str, list[str]] = {}
     for block in graph.blocks():
         containers.setdefault(block.rpartition(".")[0], []).append(block)
@@ -352,9 +345,17 @@ def _depth_stages(graph: ChannelGraph, depth: Any) -> dict[str, _Stage]:
     return found
 
 
-def _check_width(shares: Any) -> None:
-    for each in shares.values() if isinstance(shares, Mapping) else [shares]:
-        _check_shares("width", each)
+def check_words(words: Any) -> None:
+    """Raises ValueError unless the space of a network is said in words that make sense."""
+    if not isinstance(words, Mapping) or not words or set(words) - set(WORDS):
+        said = sorted(map(str, words)) if isinstance(words, Mapping) else words
+        raise ValueError(f"the space of a network must be of {', '.join(WORDS)}, got {said!r}")
+    width = words.get("width", (1.0,))
+    for shares in width.values() if isinstance(width, Mapping) else [width]:
+        _check_shares("width", shares)
+    if words.get("depth", "blocks") != "blocks":
+        _check_shares("depth", words["depth"])
+    _check_sides(words.get(RESOLUTION, (1,)))
 
 
 def _check_sides(sides: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from trimtab.core.errors import need
-from trimtab.search.candidates import Candidates, Spent
+from trimtab.search.candidates import Candidates, Spent, Tried
 
 _LEVELS = 5  # of each network-wise knob in the coarse stage
 _MUTATION = 0.1  # probability that a gene is drawn anew
@@ -30,16 +29,8 @@ def coarse_to_fine(candidates: Candidates, rng: np.random.Generator) -> None:
     there, to the largest networks that fit; the rest to mutations of the best so far, each gene with probability 0.1.
     """
     space = candidates.space
-    kinds = list(dict.fromkeys(g.name.partition(".")[0] for g in space.genes))
-    levels = [i / (_LEVELS - 1) for i in range(_LEVELS)]
-    grid = {}
-    for chosen in itertools.product(levels, repeat=min(len(kinds), 4)):
-        level = dict(zip(kinds, chosen))
-        scaled = {f: space.scale(f) for f in set(chosen)} | {1.0: space.max()}
-        arch = {g.name: scaled[level.get(g.name.partition(".")[0], 1.0)][g.name] for g in space.genes}
-        if space.valid(arch) and candidates.fits(arch):
-            grid[space.key(arch)] = arch
-    first = sorted(grid.values(), key=lambda a: -candidates.cost(a)["macs"])[: max(1, candidates.limit // 2)]
+    grid = [arch for arch in space.grid(_LEVELS) if candidates.fits(arch)]
+    first = sorted(grid, key=lambda a: -candidates.cost(a)["macs"])[: max(1, candidates.limit // 2)]
     for arch in first or [candidates.draw(rng)]:
         candidates.evaluate(arch)
     for _ in range(10 * candidates.limit):
@@ -114,7 +105,7 @@ def tpe(candidates: Candidates, rng: np.random.Generator) -> None:
             study.add_trial(optuna.trial.create_trial(params=places, distributions=ranges, value=accuracy))
 
 
-Method = Callable[[Candidates, np.random.Generator], None]
+Method = Callable[[Candidates, np.random.Generator], Tried | None]  # what it chose; None: the most accurate
 METHODS: dict[str, Method] = {
     "coarse_to_fine": coarse_to_fine,
     "evolution": evolution,
@@ -123,16 +114,29 @@ METHODS: dict[str, Method] = {
 }
 
 
-def run(method: str, candidates: Candidates, seed: int) -> None:
-    """Search until the evaluations are spent or nothing new turns up.
+def check(method: str | Method) -> Method:
+    """The method of this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if callable(method):
+        return method
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    return METHODS[method]
+
+
+def run(method: str | Method, candidates: Candidates, seed: int) -> Tried:
+    """Search until the evaluations are spent or nothing new turns up; gives the network that was chosen.
 
     Raises:
         ValueError: for an unknown method.
         BudgetError: no network is inside the budget.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    search, chosen = check(method), None
     with suppress(Spent):
-        METHODS[method](candidates, np.random.default_rng(seed))
+        chosen = search(candidates, np.random.default_rng(seed))
     if not candidates.tried:
         raise candidates.unreachable()
+    return chosen or candidates.best

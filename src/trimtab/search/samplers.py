@@ -74,3 +74,25 @@ class Chain(Sampler):
 
     def next(self, step: int) -> list[dict[str, Any]]:
         return [dict(a) for a in self.archs]
+
+
+class Among(Sampler):
+    """`n` networks drawn from a list.
+
+    Args:
+        p: how likely each of them is; None: all alike.
+    """
+
+    def __init__(
+        self, space: Space, archs: Sequence[Arch], n: int = 1, *, p: Sequence[float] | None = None, seed: int = 0
+    ) -> None:
+        if n < 1:
+            raise ValueError(f"n must be at least 1, got {n}")
+        super().__init__(space, seed=seed)
+        self.archs = [space.check(a) for a in archs]
+        self.n, self.p = n, p
+        if not self.archs or (p is not None and (len(p) != len(archs) or min(p) < 0 or abs(sum(p) - 1) > 1e-6)):
+            raise ValueError(f"p must be probabilities of {len(archs)} networks (at least one), got {p}")
+
+    def next(self, step: int) -> list[dict[str, Any]]:
+        return [dict(self.archs[i]) for i in self.rng.choice(len(self.archs), self.n, p=self.p)]

@@ -103,7 +103,36 @@ class Space:
         """The same place in every ordered gene: 0 is the smallest network, 1 the largest; others keep their last."""
         if not 0 <= fraction <= 1:
             raise ValueError(f"fraction must be in [0, 1], got {fraction}")
-        return {g.name: g.choices[math.floor(fraction * (len(g.choices) - 1)) if g.ordered else -1] for g in self.genes}
+        return {g.name: self._at(g, fraction) for g in self.genes}
+
+    def grid(self, levels: int | None = None, *, free: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+        """Every different valid network whose genes of one kind are all at the same place.
+
+        The kind of a gene is the first word of its name: all of `width.stem`, `width.stage` grow together.
+
+        Args:
+            levels: places of a kind, at most; by default as many as its richest gene has choices.
+            free: kinds whose genes are each on their own.
+
+        >>> list(Space({"width.a": (8, 16), "width.b": (8, 12, 16)}).grid())
+        [{'width.a': 8, 'width.b': 8}, {'width.a': 8, 'width.b': 12}, {'width.a': 16, 'width.b': 16}]
+        """
+        kind_of = {}
+        for g in self.genes:
+            kind = g.name.partition(".")[0]
+            kind_of[g.name] = g.name if kind in free else kind
+        counts: dict[str, int] = {}
+        for g in self.genes:
+            kind = kind_of[g.name]
+            counts[kind] = max(counts.get(kind, 1), len(g.choices))
+        places = {kind: min(n, levels or n) for kind, n in counts.items()}
+        seen = set()
+        for chosen in itertools.product(*(range(n) for n in places.values())):
+            shares = {kind: i / (n - 1) if n > 1 else 1.0 for i, (kind, n) in zip(chosen, places.items(), strict=True)}
+            arch = {g.name: self._at(g, shares[kind_of[g.name]]) for g in self.genes}
+            if self.key(arch) not in seen and self.valid(arch):
+                seen.add(self.key(arch))
+                yield self._canonical(arch)
 
     def check(self, arch: Arch) -> dict[str, Any]:
         """The architecture in canonical form: idle genes at their first choice.
@@ -204,6 +233,9 @@ class Space:
             places = sorted(g.index(v) for v in kept)
             genes.append(Gene(g.name, tuple(g.choices[i] for i in places), g.ordered))
         return Space(genes, valid=self._valid, idle=self._idle)
+
+    def _at(self, g: Gene, fraction: float) -> Any:
+        return g.choices[math.floor(fraction * (len(g.choices) - 1) + 1e-9) if g.ordered else -1]
 
     def _canonical(self, arch: Arch) -> dict[str, Any]:
         idle = set(self._idle(arch)) if self._idle is not None else ()

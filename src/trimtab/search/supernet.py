@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -23,11 +24,12 @@ from trimtab.learn.norm import bn_recalibrate
 from trimtab.search.candidates import CLOSED, Candidates, Tried
 from trimtab.search.children import Child
 from trimtab.search.from_builder import FromBuilder, Rule
-from trimtab.search.from_graph import FromGraph
-from trimtab.search.methods import run
+from trimtab.search.from_graph import FromGraph, check_words
+from trimtab.search.methods import Method, run
 from trimtab.search.passes import Pass, Passes
 from trimtab.search.resolution import RESOLUTION, resize, resizing
 from trimtab.search.samplers import Sampler, Sandwich, Uniform
+from trimtab.search.scores import Scores
 from trimtab.search.space import Arch, Key, Space
 
 _CACHED = 256  # skeletons of children
@@ -81,6 +83,7 @@ def elastic(
     if isinstance(network, nn.Module):
         if isinstance(space, Space) or rules is not None:
             raise ValueError("for a network, space must be a mapping of width and depth, without rules")
+        check_words(space)
         example = example_of(data, network)
         _check_sides(space.get(RESOLUTION), tuple(example.shape[1:]))
         return Elastic(FromGraph(network, example, space, order=order, seed=seed), tuple(example.shape[1:]))
@@ -222,12 +225,13 @@ class Elastic:
         data: Any,
         budget: str | Budget,
         *,
-        method: str = "coarse_to_fine",
+        method: str | Method = "coarse_to_fine",
         evaluations: int = 100,
         split: str = "val",
         images: int | None = None,
         batches: int = 16,
         seed: int = 0,
+        file: str | Path | None = None,
     ) -> Found:
         """Look for the most accurate network inside a budget, without training any.
 
@@ -235,8 +239,10 @@ class Elastic:
             budget: bounds on costs; a percentage is of the largest network's. params and macs are known in closed form,
                 other costs are measured on each network.
             method: "coarse_to_fine", "evolution" (NSGA-II; `pip install 'trimtab[search]'`), "tpe", or "exhaustive".
+                Or a function of (candidates, rng) that evaluates some `Candidates`, and may return what it chose.
             evaluations: how many networks may be looked at.
             split, images, batches: see `accuracy`. The split must not be the one that is reported in the end.
+            file: accuracies are kept there, and not measured again by a search that is started again.
 
         Raises:
             BudgetError: no network is inside the budget; says what the smallest costs.
@@ -244,16 +250,13 @@ class Elastic:
         if evaluations < 1:
             raise ValueError(f"evaluations must be at least 1, got {evaluations}")
         bounds = self._bounds(Budget(budget))
-        candidates = Candidates(
-            self.space,
-            cost=self.cost,
-            measured=lambda arch: self._measure(self.draft(arch), bounds),
-            score=lambda arch: self.accuracy(arch, data, split=split, images=images, batches=batches),
-            budget=Budget(c for c in bounds.clauses if c.name != "accuracy"),
-            limit=evaluations,
-        )
-        run(method, candidates, seed)
-        return Found(candidates.best, tuple(candidates.tried.values()), bounds)
+        scores = Scores(file, self.model, f"{data.name} {split} {images} {batches}")
+
+        def score(arch: Arch) -> float:
+            return scores.once(arch, lambda: self.accuracy(arch, data, split=split, images=images, batches=batches))
+
+        candidates = self._candidates(bounds, score, evaluations)
+        return Found(run(method, candidates, seed), tuple(candidates.tried.values()), bounds)
 
     def best(self, data: Any, budget: str | Budget, *, batches: int = 16, **search: Any) -> nn.Module:
         """The best network inside the budget: searched for, taken out, calibrated. A plain module, ready to be saved.
@@ -264,7 +267,14 @@ class Elastic:
         Raises:
             BudgetError: no network was found inside the budget.
         """
-        found = self.search(data, budget, batches=batches, **search)
+        return self.take(self.search(data, budget, batches=batches, **search), data, batches=batches)
+
+    def take(self, found: Found, data: Any, *, batches: int = 16) -> nn.Module:
+        """The network that a search found, taken out and calibrated.
+
+        Raises:
+            BudgetError: it is outside the budget after all, in accuracy or when measured.
+        """
         verdict = found.budget.only("accuracy").check({"accuracy": found.accuracy})
         if not verdict.ok:
             raise BudgetError(
@@ -276,6 +286,28 @@ class Elastic:
         if not verdict.ok:
             raise BudgetError(f"the network that was found is outside the budget: {verdict.explain()}")
         return model
+
+    def check_budget(self, budget: str | Budget) -> None:
+        """Whether a search can find something, before the supernet is trained.
+
+        Raises:
+            BudgetError: the smallest network is outside; says what it costs. Lower bounds are not looked at, nor spaces
+                with genes that have no order.
+        """
+        bounds = Budget(c for c in self._bounds(Budget(budget)).clauses if c.op == "<=")
+        smallest = self._candidates(bounds, lambda arch: 0.0, 1)
+        if all(g.ordered for g in self.space.genes) and not smallest.fits(self.space.min()):
+            raise smallest.unreachable()
+
+    def _candidates(self, bounds: Budget, score: Callable[[Arch], float], limit: int) -> Candidates:
+        return Candidates(
+            self.space,
+            cost=self.cost,
+            measured=lambda arch: self._measure(self.draft(arch), bounds),
+            score=score,
+            budget=Budget(c for c in bounds.clauses if c.name != "accuracy"),
+            limit=limit,
+        )
 
     def _bounds(self, budget: Budget) -> Budget:
         """The budget with percentages of the largest network made absolute."""
@@ -346,10 +378,5 @@ class Found:
                 }
                 for i, t in enumerate(self.tried)
             ],
-            "budget": {
-                "text": str(self.budget),
-                "rows": [
-                    {"name": r.name, "op": r.op, "limit": r.limit, "value": r.value, "ok": r.ok} for r in verdict.rows
-                ],
-            },
+            "budget": {"text": str(self.budget), "rows": [asdict(r) for r in verdict.rows]},
         }

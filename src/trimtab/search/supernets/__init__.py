@@ -1,0 +1,1 @@
+"""Supernets: published ways to train networks that share weights, and to choose one."""
