@@ -9,15 +9,27 @@ import torch
 from torch import Tensor, nn
 
 
-def example_of(data: Any, model: nn.Module) -> Any:
-    """An example input for `model`: from a Data, a size (C, H, W), or what is one already."""
+def size_of(data: Any) -> tuple[int, int, int] | None:
+    """The input size (C, H, W) that a Data or a size says, None for anything else (tensors, a dict of them).
+
+    Raises:
+        ValueError: a size that is none.
+    """
     if isinstance(data, Sequence) and data and all(isinstance(n, int) for n in data):
         size = tuple(data)
     elif hasattr(data, "in_chans") and hasattr(data, "size"):
         size = (data.in_chans, *data.size)
     else:
-        return data
+        return None
     if len(size) != 3 or min(size) < 1:
         raise ValueError(f"an input size must be (channels, height, width), got {size}")
+    return size
+
+
+def example_of(data: Any, model: nn.Module) -> Any:
+    """An example input for `model`: from a Data, a size (C, H, W), or what is one already."""
+    size = size_of(data)
+    if size is None:
+        return data
     p: Tensor | None = next(model.parameters(), None)
     return torch.zeros((2, *size), device=None if p is None else p.device)

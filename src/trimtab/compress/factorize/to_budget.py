@@ -15,6 +15,7 @@ from trimtab.core.budget import Budget, format_value
 from trimtab.core.cost import measure
 from trimtab.core.edit import Edit, Replace, apply, meta_copy
 from trimtab.core.errors import BudgetError
+from trimtab.core.example import size_of
 
 T = TypeVar("T")
 COSTS = ("params", "size", "macs", "bops", "activations", "memory")
@@ -112,11 +113,5 @@ def chosen(names: Sequence[str], layers: str | Sequence[str]) -> list[str]:
 
 
 def _cost(model: nn.Module, data: Any, bounds: Budget) -> dict[str, Any]:
-    return measure(model, _one_input(data), what=tuple({c.name for c in bounds.clauses})).asdict()
-
-
-def _one_input(data: Any) -> Any:
-    """One sample in a form that `measure` takes."""
-    if hasattr(data, "in_chans") and hasattr(data, "size"):
-        return (data.in_chans, *data.size)
-    return tree_map_only(Tensor, lambda t: t[:1], data)
+    one = size_of(data) or tree_map_only(Tensor, lambda t: t[:1], data)
+    return measure(model, one, what=tuple({c.name for c in bounds.clauses})).asdict()

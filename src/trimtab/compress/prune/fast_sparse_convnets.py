@@ -33,6 +33,7 @@ from trimtab.core.card import Card, Claim
 from trimtab.core.cost import ROOT, measure
 from trimtab.core.edit import Edit, Remove, Replace, apply, history
 from trimtab.core.errors import SurgeryError
+from trimtab.core.example import size_of
 from trimtab.learn import Batch, Classify, Context, convert, fit
 from trimtab.learn.objective import Losses
 from trimtab.nn.sparse import BLOCKS, SparseConv1x1, densify, kernel
@@ -417,10 +418,10 @@ def _conv_1x1(model: nn.Module, name: str) -> nn.Conv2d | None:
 
 
 def _size(data: Any) -> tuple[int, ...]:
-    size = (data.in_chans, *data.size) if hasattr(data, "in_chans") else data
-    if not isinstance(size, tuple | list) or len(size) != 3 or not all(isinstance(n, int) and n > 0 for n in size):
+    size = size_of(data)
+    if size is None:
         raise ValueError(f"data must be a Data or an input size (channels, height, width), got {data!r:.80}")
-    return tuple(size)
+    return size
 
 
 def _check_sparsity(sparsity: float) -> None:
