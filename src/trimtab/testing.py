@@ -98,6 +98,15 @@ class ModelCase:
     def images(self, n: int, size: Size | None = None, seed: int = 0) -> Tensor:
         return torch.randn(n, *(size or self.input_size), generator=torch.Generator().manual_seed(seed))
 
+    @cached_property
+    def per_pixel(self) -> bool:
+        """Whether the model says that it gives logits for every pixel."""
+        return getattr(self.model, "per_pixel", False)
+
+    def places(self, size: Size | None = None) -> tuple[int, ...]:
+        """What follows (B, channels) in the shape of logits: nothing, or the pixels."""
+        return (size or self.input_size)[1:] if self.per_pixel else ()
+
     @property
     def spec(self) -> InputSpec:
         c = self.input_size[0]
@@ -131,10 +140,8 @@ def check_forward(case: ModelCase) -> None:
     for size in filter(None, (case.input_size, case.other_size)):
         x = case.images(3, size)
         y = case.model(x)
-        _claim(
-            y.shape == (3, case.num_classes),
-            f"logits for {tuple(x.shape)} must be (3, {case.num_classes}), got {tuple(y.shape)}",
-        )
+        want = (3, case.num_classes, *case.places(size))
+        _claim(y.shape == want, f"logits for {tuple(x.shape)} must be {want}, got {tuple(y.shape)}")
         _claim(bool(torch.isfinite(y).all()), f"logits for {tuple(x.shape)} are not finite")
         _same(case.model(x[:1]), y[:1], "an image gives other logits alone than in a batch (eval mode)", 1e-4)
 
@@ -142,7 +149,7 @@ def check_forward(case: ModelCase) -> None:
 def check_backward(case: ModelCase) -> None:
     """The loss reaches every parameter with a finite gradient; weight matrices get one that is not zero."""
     model = copy.deepcopy(case.model).train()
-    labels = torch.arange(8) % case.num_classes
+    labels = (torch.arange(8) % case.num_classes).view(-1, *(1 for _ in case.places())).expand(-1, *case.places())
     generator = torch.Generator().manual_seed(0)
     for p in model.parameters():  # a gain that starts at zero would block the gradient for a good reason
         if not p.any():
@@ -234,15 +241,13 @@ def check_classifier(case: ModelCase) -> None:
     model: Any = copy.deepcopy(case.model)
     x = case.images(2)
     features = model.forward_head(model.forward_features(x), pre_logits=True)
-    want = getattr(model, "head_hidden_size", model.num_features)
-    _claim(
-        features.shape == (2, want), f"features before the classifier must be (2, {want}), got {tuple(features.shape)}"
-    )
+    want = (2, getattr(model, "head_hidden_size", model.num_features), *case.places())
+    _claim(features.shape == want, f"features before the classifier must be {want}, got {tuple(features.shape)}")
     _same(
         model.forward_head(model.forward_features(x)), model(x), "forward_head(forward_features(x)) is not forward(x)"
     )
     model.reset_classifier(case.num_classes + 3)
-    _claim(model(x).shape == (2, case.num_classes + 3), "reset_classifier(n) must give n logits")
+    _claim(model(x).shape == (2, case.num_classes + 3, *case.places()), "reset_classifier(n) must give n logits")
     _claim(model.num_classes == case.num_classes + 3, "reset_classifier must update num_classes")
     _claim(not model.get_classifier().training, "the new classifier must be in the mode of the model")
     model.reset_classifier(0)
@@ -269,8 +274,8 @@ def check_wrong_input(case: ModelCase) -> None:
 
 @torch.no_grad()
 def check_features(case: ModelCase) -> None:
-    """`features_only` gives maps as `feature_info` says (models by name)."""
-    if case.name is None:
+    """`features_only` gives maps as `feature_info` says (classifiers by name)."""
+    if case.name is None or case.per_pixel:
         return
     import timm
 

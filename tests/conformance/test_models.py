@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from trimtab import testing
 from trimtab.models import list_models
+from trimtab.models.classify.deepmad_nets import PUBLISHED
 
 
 def sizes(name: str) -> dict:
@@ -20,11 +21,20 @@ def sizes(name: str) -> dict:
         return {"input_size": (3, 16, 16), "other_size": (3, 24, 24)}
     if name == "unireplknet_a" or name.startswith("skipblocknet"):
         return {"input_size": (3, 64, 64), "other_size": (3, 96, 96)}
+    if name == "u_mamba_enc_nano_32":  # built for one size
+        return {"other_size": None}
     return {}
 
 
 # Networks that are others of the list in another size.
-SAME = {"cct_14_7x2_384", *(f"unireplknet_{size}" for size in ("f", "p", "n", "t", "s", "b", "l", "xl"))}
+SAME = {
+    "cct_14_7x2_384",
+    *(f"deepmad_{n}" for n in PUBLISHED),
+    *(f"unireplknet_{size}" for size in ("f", "p", "n", "t", "s", "b", "l", "xl")),
+}
+SAME |= {f"vim_{size}" for size in ("tiny", "small", "base", "tiny_plus", "small_plus")}
+SAME |= {f"vmamba_{size}" for size in ("tiny_v0", "tiny", "tiny_s2l5", "small", "base")}
+SAME |= {"vm_unet", "vm_unet_large", "u_mamba_bot", "u_mamba_enc"}
 OURS = [n for n in list_models(ours=True) if n not in SAME]
 FAMILIES = [
     "cct_2_3x2_32",
@@ -33,6 +43,7 @@ FAMILIES = [
     "trim_mobile_10k",
     "unireplknet_micro_32",
     "skipblocknet_xs",
+    "vmamba_nano_32",
 ]
 
 

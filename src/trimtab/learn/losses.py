@@ -10,8 +10,8 @@ def soft_ce(logits: Tensor, target: Tensor, *, smoothing: float = 0.0, reduction
     """Cross-entropy with hard or soft targets.
 
     Args:
-        logits: (B, K).
-        target: class indices (B,), or probabilities (B, K), e.g. after mixup.
+        logits: (B, K), or (B, K, H, W).
+        target: class indices (B,), or probabilities (B, K), e.g. after mixup; or class indices of pixels (B, H, W).
         smoothing: share of the target that is spread evenly over all classes.
         reduction: "mean" over the batch, "sum", or "none" (B,).
 
@@ -21,7 +21,8 @@ def soft_ce(logits: Tensor, target: Tensor, *, smoothing: float = 0.0, reduction
     >>> bool(torch.isclose(hard, soft))
     True
     """
-    if target.ndim not in (1, 2) or target.shape[0] != logits.shape[0]:
+    per_pixel = logits.ndim == 4 and target.shape == logits[:, 0].shape
+    if not per_pixel and (target.ndim not in (1, 2) or target.shape[0] != logits.shape[0]):
         raise ValueError(f"target must be (B,) or (B, K) for logits {tuple(logits.shape)}, got {tuple(target.shape)}")
     if target.ndim == 2:
         if target.shape != logits.shape:

@@ -156,13 +156,16 @@ def probe(objective: Objective, model: nn.Module, batch: Batch) -> Tensor:
 def check_logits(logits: Any, batch: Batch, *, who: str = "the model") -> int:
     """The number of classes of some logits, if they are (B, K) with enough classes for the labels of the batch.
 
+    Where labels are maps (B, H, W), logits are (B, K, H, W).
+
     Raises:
         ValueError: they are not.
     """
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"{who} must give logits (B, K), got {got}")
     label = batch["label"]
+    per_pixel = label.ndim == 3
+    if not isinstance(logits, Tensor) or logits.ndim != (4 if per_pixel else 2):
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"{who} must give logits (B, K{', H, W' if per_pixel else ''}), got {got}")
     need = label.shape[1] if label.ndim == 2 else int(label.max()) + 1
     if logits.shape[1] < need:
         raise ValueError(f"{who} must have at least {need} classes for these labels, got {logits.shape[1]}")

@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import trimtab.models.classify  # noqa: F401  (registers our models in timm)
+import trimtab.models.classify  # (registers our models in timm)
+import trimtab.models.dense  # noqa: F401
 from trimtab.core.artifact import WEIGHTS, load, save
 from trimtab.core.edit import apply, remember_base
 from trimtab.core.errors import TrimtabError

@@ -44,10 +44,11 @@ class Classifier(nn.Module):
 
     Attributes set by `_make_head`: `num_classes`, `in_chans`, `num_features` (width of the features),
     `head_hidden_size` (width before the classifier; the same unless a subclass says otherwise), `drop_rate`.
-    `head_name` says which attribute holds the last linear layer.
+    `head_name` says which attribute holds the last linear layer, `head_bias` whether it has a bias.
     """
 
     head_name = "head"
+    head_bias = True
     num_classes: int
     in_chans: int
     num_features: int
@@ -76,7 +77,7 @@ class Classifier(nn.Module):
         self.num_classes = num_classes
         head: nn.Module = nn.Identity()
         if num_classes > 0:
-            head = nn.Linear(self.head_hidden_size, num_classes)
+            head = nn.Linear(self.head_hidden_size, num_classes, bias=self.head_bias)
             self._init_classifier(head)
             if param is not None:
                 head = head.to(device=param.device, dtype=param.dtype)

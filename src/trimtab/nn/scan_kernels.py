@@ -123,10 +123,12 @@ def compiled() -> tuple[Callable[..., None], Callable[..., None]]:
     """
     numba = need("numba", EXTRA)
     options = {"nogil": True, "fastmath": _FASTMATH, "error_model": "numpy"}
-    inner = numba.njit(inline="always", **options)(exp)
+    need("numba.extending", EXTRA).register_jitable(inline="always", **options)(exp)
 
     def translate(function: Callable[..., None]) -> Callable[..., None]:
-        body = type(function)(function.__code__, {**globals(), "exp": inner}, function.__name__)
-        return numba.njit(**options)(body)
+        try:
+            return numba.njit(cache=True, **options)(function)
+        except RuntimeError:  # there is no folder that may be written to
+            return numba.njit(**options)(function)
 
     return translate(forward), translate(backward)

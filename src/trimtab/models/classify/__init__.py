@@ -1,5 +1,10 @@
 """Image classifiers. Importing this package registers ours in timm."""
 
-from trimtab.models.classify import cct, mbconv, resnet_cifar, simplenet, skipnet_bias_loss, tiny, unireplknet
+from trimtab.models.classify import (  # isort: skip
+    cct, deepmad_nets, mamba_survey, mbconv, resnet_cifar, secnn, simplenet, skipnet_bias_loss, tiny, unireplknet,
+)  # fmt: skip
 
-__all__ = ["cct", "mbconv", "resnet_cifar", "simplenet", "skipnet_bias_loss", "tiny", "unireplknet"]
+__all__ = [
+    "cct", "deepmad_nets", "mamba_survey", "mbconv", "resnet_cifar", "secnn", "simplenet",
+    "skipnet_bias_loss", "tiny", "unireplknet",
+]  # fmt: skip

@@ -7,7 +7,7 @@ the stride and the change of width. Two kinds of block:
   pooling where it strides.
 - `depthwise`: 1x1, depthwise kxk, squeeze-and-excitation, 1x1, with SiLU. There is no shortcut where the width changes.
 
-The structures in `PUBLISHED` are those of the paper's releases (Shen et al., arXiv 2303.02165), with their exact counts.
+The structures in `PUBLISHED` are those of the paper's releases (Shen et al., arXiv 2303.02165).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -62,9 +63,9 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def se_width(mid: int) -> int:
-    """Hidden channels of squeeze-and-excitation over `mid` channels."""
-    return max(1, round(mid / 4) // 8) * 8
+def se_width(mid: Any) -> Any:
+    """Hidden channels of squeeze-and-excitation over `mid` channels; for an array, of each."""
+    return np.maximum(1, np.round(mid / 4) // 8) * 8
 
 
 class _Excite(nn.Module):
@@ -72,7 +73,8 @@ class _Excite(nn.Module):
 
     def __init__(self, chs: int) -> None:
         super().__init__()
-        self.gate = nn.Sequential(conv_bn(chs, se_width(chs), act="silu"), conv_bn(se_width(chs), chs, act="sigmoid"))
+        hidden = int(se_width(chs))
+        self.gate = nn.Sequential(conv_bn(chs, hidden, act="silu"), conv_bn(hidden, chs, act="sigmoid"))
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gate(x.mean((2, 3), keepdim=True))
@@ -185,9 +187,7 @@ def check_structure(stages: Sequence[Sequence[int]], kind: str, stem_stride: int
     for i, stage in enumerate(stages):
         whole = len(stage) == 5 and all(isinstance(n, int) and n > 0 for n in stage)
         if not whole or stage[2] % 2 == 0 or stage[4] > 2:
-            raise ValueError(
-                f"stages[{i}] must be (width, mid, odd kernel, depth, stride 1 or 2), got {tuple(stage)}"
-            )
+            raise ValueError(f"stages[{i}] must be (width, mid, odd kernel, depth, stride 1 or 2), got {tuple(stage)}")
 
 
 def _cfg(size: int = 224, num_classes: int = 1000) -> dict[str, Any]:
@@ -206,7 +206,7 @@ def _cfg(size: int = 224, num_classes: int = 1000) -> dict[str, Any]:
 
 
 default_cfgs = generate_default_cfgs(
-    {"deepmad_net": _cfg(32, 10)} | {f"deepmad_{n}": _cfg(288 if n.endswith("288") else 224) for n in PUBLISHED}
+    {"deepmad_net": _cfg(32, 10), **{f"deepmad_{n}": _cfg(288 if n.endswith("288") else 224) for n in PUBLISHED}}
 )
 
 
