@@ -26,6 +26,7 @@ _FACE = {
     "export": "trimtab.deploy",
     "compact": "trimtab.compact",
     "catalogue": "trimtab.core.card",
+    "design": "trimtab.search",
 }
 _ROOMS = ("compact", "compress", "core", "data", "deploy", "learn", "models", "nn", "report", "search", "testing")
 __all__ = [

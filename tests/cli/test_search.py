@@ -35,6 +35,31 @@ def test_a_network_inside_the_budget_comes_out_with_file_and_report(trimtab, tmp
     assert again[0] == 0 and (tmp_path / "again.html").is_file()
 
 
+@pytest.mark.parametrize(
+    ("method", "network", "options"),
+    [
+        ("deepmad", "trim_10k", ("--budget", "macs<=300k", "--set", "rounds=40")),
+        ("deepmad", "trim_30k", ("--budget", "macs<=60%", "--set", "rounds=40")),
+        ("self_expanding_cnn", "secnn", ("--budget", "params<=150%", "--set", "cooldown=1", "--set", "tau=0")),
+    ],
+)
+def test_a_network_is_designed_or_grown_inside_the_budget(trimtab, tmp_path, method, network, options):
+    call = ("search", network, "--method", method, "--data", "digits", "--epochs", "2", "--lr", "0.02", *options)
+    code, out, err = trimtab(*call, "--out", "found", "--json")
+    assert code == 0, err
+    said = json.loads(out)
+    model, whole = tt.load(tmp_path / "found"), tt.create_model(network, num_classes=10, in_chans=1, img_size=8)
+    cost, was = (tt.measure(m, (1, 8, 8)) for m in (model, whole))
+    assert said["budget"]["met"] and cost.macs == said["cost"]["macs"]
+    if method == "deepmad":
+        assert cost.macs <= (300e3 if network == "trim_10k" else 0.6 * was.macs) and said["tried"] == 1
+    else:
+        assert cost.params <= 1.5 * was.params and said["tried"] == 2
+    by_file = OnnxModel(tmp_path / "found/model.onnx").evaluate(tt.load_data("digits"), "test")
+    assert by_file["accuracy"] == pytest.approx(said["accuracy"], abs=0.005)
+    assert "best at that cost" in (tmp_path / "found/report.html").read_text()
+
+
 def test_another_budget_does_not_train_again(trimtab, tmp_path, monkeypatch):
     assert trimtab(*CALL, "--out", "found", "--quiet")[0] == 0
     monkeypatch.setattr("trimtab.search.passes.Passes.losses", lambda *a: pytest.fail("trained again"))
@@ -46,9 +71,14 @@ def test_another_budget_does_not_train_again(trimtab, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--method", "wish"), "method must be one of bignas, deps, sortednet, got 'wish'"),
+        (
+            ("--method", "wish"),
+            "method must be one of bignas, deepmad, deps, self_expanding_cnn, sortednet, got 'wish'",
+        ),
         (("--set", "pasess=3"), "bignas has no option 'pasess'"),
         (("--set", "start=0.5", "--method", "sortednet"), "sortednet has no option 'start'"),
+        (("--method", "deepmad", "--space", "depth=blocks"), "deepmad has no option 'space'"),
+        (("--method", "self_expanding_cnn", "--strategy", "tpe"), "self_expanding_cnn has no strategies"),
         (("--space", "width=[0.5,1.5]"), "width must be rising shares that end with 1"),
         (("--space", "width=[0,1]"), "width must be rising shares that end with 1"),
         (("--space", "depht=blocks"), "the space of a network must be of width, depth, resolution, got ['depht']"),
@@ -100,9 +130,31 @@ def test_a_recipe_searches_and_a_second_run_repeats_nothing(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
+    ("network", "said"),
+    [
+        ("trim_10k", '{method: deepmad, budget: "macs<=300k", rounds: 40, epochs: 1, progress: false}'),
+        (
+            "secnn",
+            '{method: self_expanding_cnn, budget: "params<=150%", cooldown: 1, tau: 0, epochs: 2, progress: false}',
+        ),
+    ],
+)
+def test_a_recipe_designs_or_grows_then_trains_on_and_exports(tmp_path, network, said):
+    phases = f"  - search: {said}\n  - train: {{epochs: 5, lr: 0.05, progress: false}}\n  - export: {{}}\n"
+    file = tmp_path / "r.yaml"
+    file.write_text(f"data: digits\nmodel: {{name: {network}}}\nout: {tmp_path / 'o'}\nphases:\n{phases}")
+    result = run(file)
+    assert [p["phase"] for p in result["phases"]] == ["search", "train", "export"]
+    assert (tmp_path / "o/model.onnx").is_file() and result["accuracy"] > 0.2
+
+
+@pytest.mark.parametrize(
     ("change", "says"),
     [
-        (("method: deps", "method: wish"), "phases.0: method must be one of bignas, deps, sortednet"),
+        (
+            ("method: deps", "method: wish"),
+            "phases.0: method must be one of bignas, deepmad, deps, self_expanding_cnn, sortednet",
+        ),
         (("epochs: 1, evaluations", "epohcs: 1, evaluations"), "phases.0: deps has no option 'epohcs'"),
         (("width: [0.5, 1]", "width: [0.5, 2]"), "phases.0: width must be rising shares"),
         (("evaluations: 3", "evaluations: 0"), "phases.0: evaluations must be at least 1"),

@@ -17,11 +17,13 @@ from trimtab.core import log
 @app.command()
 def search(
     model: Annotated[
-        str, typer.Argument(metavar="NAME_OR_PATH", help="The largest network: a registry name or an artifact.")
+        str, typer.Argument(metavar="NAME_OR_PATH", help="The largest network, or the one to grow: a name or artifact.")
     ] = "resnet20_cifar",
     data: Annotated[str, typer.Option(help="Data to train on, and to choose by.")] = "digits",
-    method: Annotated[str, typer.Option(help="How the supernet is trained: bignas, deps, sortednet.")] = "bignas",
-    budget: Annotated[str, typer.Option(help="What to reach; percent refer to the largest network.")] = "macs<=50%",
+    method: Annotated[
+        str, typer.Option(help="bignas, deps, sortednet train a supernet; self_expanding_cnn grows; deepmad designs.")
+    ] = "bignas",
+    budget: Annotated[str, typer.Option(help="What to reach; percent refer to the network named.")] = "macs<=50%",
     space: Annotated[
         list[str] | None,
         typer.Option(
@@ -61,6 +63,8 @@ def search(
       trimtab search resnet20_cifar --data photos/ --budget "macs<=30%" --epochs 30
       trimtab search big/ --method sortednet --space width=[0.5,0.75,1] --set accum=2
       trimtab search trim_300k --method deps --set start=0.5 --strategy tpe --budget "latency<=2ms"
+      trimtab search secnn --method self_expanding_cnn --data photos/ --budget "params<=30k" --epochs 60
+      trimtab search --method deepmad --data photos/ --budget "macs<=10M, params<=300k" --set rho=0.5
     """
     arguments.budget_of(budget)
     options = arguments.options_of(given)

@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING
 from trimtab.core.lazy import lazy
 
 if TYPE_CHECKING:
+    from trimtab.search import design
     from trimtab.search.children import Child
     from trimtab.search.costs import CostTable
+    from trimtab.search.design.deepmad import deepmad
+    from trimtab.search.grow.self_expanding_cnn import self_expanding_cnn
     from trimtab.search.passes import Pass, Passes
     from trimtab.search.samplers import Among, Chain, Sampler, Sandwich, Uniform
     from trimtab.search.space import Gene, Space
@@ -26,6 +29,9 @@ _WHERE = {
     "bignas": "supernets.bignas",
     "deps": "supernets.deps",
     "sortednet": "supernets.sortednet",
+    "deepmad": "design.deepmad",
+    "design": None,
+    "self_expanding_cnn": "grow.self_expanding_cnn",
     "Trained": "trained",
     "elastic": "supernet",
     "Elastic": "supernet",
@@ -46,6 +52,9 @@ __all__ = [
     "bignas",
     "deps",
     "sortednet",
+    "deepmad",
+    "self_expanding_cnn",
+    "design",
     "Trained",
     "elastic",
     "Elastic",
