@@ -48,7 +48,7 @@ def step_cost(
     batch = Batch(batch)
     memory, steps = [], []
     for it in (plain or Classify(), objective):
-        step, bytes_ = _prepared(it, deepcopy(model).train(), batch)
+        step, bytes_ = prepared(it, deepcopy(model).train(), batch)
         memory.append(bytes_)
         steps.append(step)
     ratios = []
@@ -58,7 +58,7 @@ def step_cost(
     return {"time_ratio": round(statistics.median(ratios), 3), "memory_ratio": round(memory[1] / memory[0], 3)}
 
 
-def _prepared(objective: Objective, model: nn.Module, batch: Batch) -> tuple[Callable[[], None], int]:
+def prepared(objective: Objective, model: nn.Module, batch: Batch) -> tuple[Callable[[], None], int]:
     """A step that can be repeated, after a first epoch, and the most bytes that a second one needs at once."""
     device = batch["image"].device
     ctx = Context(device=device, generator=torch.Generator(device).manual_seed(0), total_steps=2, progress=0.5)

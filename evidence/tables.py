@@ -123,7 +123,7 @@ def supernets(_: str | None = None) -> str:
     for slug in SUPERNETS:
         for claim in (_result(slug) or {"claims": []})["claims"]:
             for name, row in (claim["measured"] | claim["baseline"]).items():
-                if isinstance(row, dict) and "smallest" in row:
+                if isinstance(row, dict) and isinstance(row.get("smallest"), dict):  # with a spread over seeds
                     cost = row.get("MMACs per image and step")
                     cells = [
                         f"{100 * c['mean']:.1f} ± {100 * c['std']:.1f}" if (c := row.get(k)) else "" for k in columns

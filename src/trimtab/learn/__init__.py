@@ -27,12 +27,14 @@ if TYPE_CHECKING:
     from trimtab.learn.distill.kd import KD
     from trimtab.learn.distill.lsskd import HSAKD, LSSKD
     from trimtab.learn.distill.tinyvit import FastDistill
+    from trimtab.learn.modular.deep_incubation import DeepIncubation
     from trimtab.learn.pretrain.simmim import SimMIM
     from trimtab.learn.regularize.bias_loss import BiasLoss
     from trimtab.learn.regularize.repulsion import Repulsion
 
 _METHODS = {
     "BiasLoss": "regularize.bias_loss",
+    "DeepIncubation": "modular.deep_incubation",
     "HSAKD": "distill.lsskd",
     "KD": "distill.kd",
     "LSSKD": "distill.lsskd",
@@ -44,6 +46,7 @@ _METHODS = {
 OBJECTIVES = {
     "classify": "Classify",
     "bias_loss": "BiasLoss",
+    "deep_incubation": "DeepIncubation",
     "hsakd": "HSAKD",
     "kd": "KD",
     "lsskd": "LSSKD",
@@ -60,6 +63,7 @@ __all__ = [
     "Classify",
     "OBJECTIVES",
     "BiasLoss",
+    "DeepIncubation",
     "HSAKD",
     "KD",
     "LSSKD",

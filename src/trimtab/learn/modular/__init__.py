@@ -1,0 +1,1 @@
+"""Parts of a network trained apart, or locally, and put together."""
