@@ -305,7 +305,6 @@ def test_a_finished_store_does_not_run_the_teacher_again(tmp_path, data):
         ({"teacher": net(2**15 + 1)}, r"at most 32768 classes, got \(1, 32769\)"),
         ({"teacher": nn.Conv2d(3, 3, 1)}, r"teacher must give logits \(B, C\).*got \(1, 3, 16, 16\)"),
     ],
-    ids=str,
 )
 def test_wrong_settings_are_refused_before_anything_is_written(tmp_path, data, options, message):
     with pytest.raises(ValueError, match=message):
