@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import subprocess
@@ -57,8 +58,10 @@ def net():
 
 @pytest.fixture(scope="module")
 def small(net, data):
-    """Searched once, on few images."""
-    return fliqs(net, data, budget="bops<=2.5%", options=("int2", "int4", "int8"), **QUICK)
+    """Searched once, on few images, from a net that knows something: guesses would change with the last bit."""
+    trained = tt.fit(copy.deepcopy(net), data, **QUICK | {"epochs": 12}, lr=0.05).model
+    options = ("int2", "int4", "int8")
+    return fliqs(trained, data, budget="bops<=2.5%", options=options, **QUICK | {"epochs": 8}, lr=0.02)
 
 
 # -- the pieces of the search -----------------------------------------------------------------------------------------
@@ -275,7 +278,7 @@ def test_the_file_is_in_qdq_form_small_and_computes_the_same(net, small, data, t
     done = tt.export(small, tmp_path / "small.onnx", data=data, split="test", exporter="classic")
     ops = [n.op_type for n in read_onnx(done.path).graph.node]
     assert ops.count("QuantizeLinear") == len(layers(net, skip=()))  # an input of every layer
-    assert done.agreement > 0.9 and done.size < 0.5 * big.size
+    assert done.agreement > 0.95 and done.size < 0.5 * big.size
     assert abs(done.accuracy - tt.evaluate(small, data)["accuracy"]) < 0.03
     assert measure_onnx(done.path, what=("macs",)).macs == tt.measure(net, (1, 8, 8)).macs
 

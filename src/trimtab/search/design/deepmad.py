@@ -200,7 +200,7 @@ def figures(net: Structure, size: Sequence[int], num_classes: int = 1000) -> Fig
 
     >>> net = Structure(32, ((96, 40, 5, 1, 2), (384, 40, 5, 6, 2)))
     >>> [round(float(h), 3) for h in figures(net, (3, 224, 224)).entropies]
-    [21.263, 109.487, 5815.827]
+    [21.263, 109.487, 5815.82]
     """
     tally = _Tally(size)
     ends: list[End] = []
