@@ -5,7 +5,7 @@
     <!-- end of table -->
 
 Tables: ``systems`` (all), ``family compress/prune`` (cards of one family, in words), ``evidence`` (every claim with its
-numbers), ``ternary_matmul`` (from that benchmark), ``supernets`` (one run that three systems share).
+numbers), ``ternary_matmul`` and ``quantized`` (from these benchmarks), ``supernets`` (a run that three systems share).
 """
 
 from __future__ import annotations
@@ -105,15 +105,32 @@ def evidence(_: str | None = None) -> str:
 
 def ternary_matmul(_: str | None = None) -> str:
     """Time over that of float32, from the benchmark's file."""
-    file = RESULTS.parent.parent / "benchmarks" / "results" / "ternary_matmul.json"
-    if not file.is_file():
+    found = _benchmark("ternary_matmul")
+    if found is None:
         return "*Not measured yet.*"
-    cells = json.loads(file.read_text(encoding="utf-8"))["table"]
+    cells = found["table"]
     names = list(cells[0]["ratios"])[1:]  # the first is the baseline
     rows = [
         [f"{c['outputs']} x {c['inputs']}", str(c["batch"]), *(f"{c['ratios'][n]:.2f}" for n in names)] for c in cells
     ]
     return markdown(["Outputs x inputs", "Batch", *names], rows)
+
+
+def quantized(_: str | None = None) -> str:
+    """Files in 8 bits beside float32: bytes, accuracy where the network is trained, time."""
+    found = _benchmark("quantized")
+    if found is None:
+        return "*Not measured yet.*"
+    rows = []
+    for name, small in found["facts"].items():
+        if not name.endswith(", int8"):
+            continue
+        large = found["facts"][name.removesuffix("int8") + "float32"]
+        accuracy = [f"{100 * k['accuracy']:.2f} %" if "accuracy" in k else "" for k in (large, small)]
+        sizes = [f"{k['bytes'] / 1e3:,.0f} KB" for k in (large, small)]
+        rows.append([name.removesuffix(", int8"), *sizes, *accuracy, f"{small['ratio']:.2f}"])
+    head = ["Network", "float32", "int8", "accuracy, float32", "accuracy, int8", "time of int8 / float32"]
+    return markdown(head, rows)
 
 
 def supernets(_: str | None = None) -> str:
@@ -139,6 +156,7 @@ MAKERS: dict[str, Callable[[str | None], str]] = {
     "family": family,
     "evidence": evidence,
     "ternary_matmul": ternary_matmul,
+    "quantized": quantized,
     "supernets": supernets,
 }
 
@@ -174,6 +192,12 @@ def _value(v: Any) -> str:
     if isinstance(v, bool) or not isinstance(v, (int, float)):
         return str(v)
     return f"{v:,}" if isinstance(v, int) else f"{v:.4g}"
+
+
+def _benchmark(name: str) -> Any:
+    """What a benchmark wrote, None if it has not run."""
+    file = RESULTS.parent.parent / "benchmarks" / "results" / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def _result(slug: str) -> dict[str, Any] | None:
