@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trimtab.core.edit import Edit, Insert
 from trimtab.core.errors import SurgeryError
+from trimtab.learn.modes import eval_mode
 
 RESOLUTION = "resolution"
 _HOW = {"mode": "bicubic", "align_corners": False}
@@ -31,20 +35,17 @@ def resizing(model: nn.Module, size: tuple[int, ...], side: int | None) -> list[
     p = next(model.parameters())
     x = torch.zeros((2, *size), device=p.device, dtype=p.dtype)
     readers: list[str] = []
-    hooks = []
-    for name, m in model.named_modules():
-        if name and not any(m.children()):
-            note = lambda m, args, name=name: readers.append(name) if args and args[0] is x else None  # noqa: E731
-            hooks.append(m.register_forward_pre_hook(note))
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        with torch.no_grad():
-            model.eval()(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for m, training in modes:
-            m.training = training
+
+    def note(name: str, args: tuple[Any, ...]) -> None:
+        if args and args[0] is x:
+            readers.append(name)
+
+    with ExitStack() as hooks, eval_mode(model), torch.no_grad():
+        for name, m in model.named_modules():
+            if name and not any(m.children()):
+                handle = m.register_forward_pre_hook(lambda _m, args, name=name: note(name, args))
+                hooks.callback(handle.remove)
+        model(x)
     if len(readers) != 1:
         found = ", ".join(readers) or "none"
         raise SurgeryError(f"images can be resized only before a single layer that reads them, found {found}")
