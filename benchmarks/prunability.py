@@ -385,8 +385,7 @@ def _write(path: Path, known: dict[Any, dict[str, Any]]) -> None:
         suite: {t: {"ok": sum(r["ok"] for r in _of(rows, suite, t)), "of": len(_of(rows, suite, t))} for t in TOOLS}
         for suite in sorted({r["suite"] for r in rows})
     }
-    report = {"summary": summary, "machine": host.machine(), "versions": host.versions(),
-              "date": time.strftime("%Y-%m-%d"), "rows": rows}  # fmt: skip
+    report = {"summary": summary, **host.provenance(Path(__file__).parent, "torch-pruning"), "rows": rows}
     write_text(path, json.dumps(report, indent=1) + "\n")
 
 

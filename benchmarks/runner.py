@@ -27,7 +27,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +87,8 @@ class Comparison:
             "rounds": self.rounds,
             "results": {name: s.asdict() | {"ratio": self.ratio(name)} for name, s in self.series.items()},
             "facts": self.facts,
-            "machine": host.machine(),
-            "versions": host.versions(),
             "threads": os.environ.get("OMP_NUM_THREADS"),
-            "commit": host.commit(Path(__file__).parent),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            **host.provenance(Path(__file__).parent),
         }
 
     def save(self, path: str | Path) -> Path:

@@ -16,7 +16,6 @@ import json
 import math
 import os
 from collections.abc import Callable
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -116,10 +115,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "rounds": args.rounds,
         "threads": 1,
         "load average of the machine": [round(v, 1) for v in os.getloadavg()],
-        "machine": host.machine(),
-        "versions": host.versions() | host.versions(("numba",)),
-        "commit": host.commit(Path(__file__).parent),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **host.provenance(Path(__file__).parent, "numba"),
     }  # fmt: skip
     print(json.dumps(report["summary"], indent=1))
     write_text(args.out, json.dumps(report, indent=1) + "\n")

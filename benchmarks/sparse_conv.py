@@ -19,7 +19,6 @@ import math
 import os
 import tempfile
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -234,10 +233,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "rounds": args.rounds,
         "threads": 1,
         "load average of the machine": [round(v, 1) for v in os.getloadavg()],
-        "machine": host.machine(),
-        "versions": host.versions() | host.versions(("numba",)),
-        "commit": host.commit(Path(__file__).parent),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **host.provenance(Path(__file__).parent, "numba"),
     }
     print(json.dumps(report["summary"], indent=1))
     write_text(args.out, json.dumps(report, indent=1) + "\n")

@@ -22,7 +22,6 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -249,10 +248,7 @@ def _one(path: Path, context: Context, board: _Board, results: Path, command: st
             "claims": [asdict(c) for c in claims],
             "command": command,
             "seconds": round(seconds, 1),
-            "machine": host.machine(),
-            "versions": host.versions(),
-            "commit": host.commit(HERE),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            **host.provenance(HERE),
         }
         write(results / f"{slug}.json", record)
     return True

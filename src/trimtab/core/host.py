@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,20 @@ def commit(where: str | Path = ".") -> str | None:
     if head is None:
         return None
     return head + "-dirty" if git("status", "--porcelain", "--untracked-files=no") else head
+
+
+def provenance(where: str | Path, *packages: str) -> dict[str, Any]:
+    """What is kept with a number: machine, versions (of `packages`, too), the commit of `where`, and the time.
+
+    >>> sorted(provenance("."))
+    ['commit', 'date', 'machine', 'versions']
+    """
+    return {
+        "machine": machine(),
+        "versions": versions(PACKAGES + packages),
+        "commit": commit(where),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
 
 
 def _cpu() -> str:
