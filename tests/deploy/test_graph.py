@@ -54,6 +54,21 @@ def test_batch_norm_and_late_bias_go_into_the_convolution() -> None:
     assert np.allclose(outputs(before), outputs(after), atol=1e-4)
 
 
+def test_weights_between_quantized_activations_are_not_rounded() -> None:
+    scale = {"s": np.float32(0.05), "z": np.int8(0)}
+    nodes = [
+        helper.make_node("QuantizeLinear", ["image", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"]),
+        helper.make_node("Conv", ["d", "w"], ["c"]),
+        helper.make_node("QuantizeLinear", ["c", "s", "z"], ["e"]),
+        helper.make_node("DequantizeLinear", ["e", "s", "z"], ["logits"]),
+    ]
+    weight = random(4, 3, 3, 3)
+    after = passes.simplify(build(nodes, {"w": weight, **scale}))
+    held = [numpy_helper.to_array(t) for t in after.graph.initializer]
+    assert any(h.shape == weight.shape and np.array_equal(h, weight) for h in held)
+
+
 @pytest.mark.parametrize("keepdims", [0, 1])
 def test_mean_over_the_image_is_a_pool(keepdims: int) -> None:
     tail = [helper.make_node("Reshape", ["m", "to"], ["logits"])] if keepdims else []

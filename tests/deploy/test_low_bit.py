@@ -78,6 +78,30 @@ def test_with_quantized_activations_codes_decode_to_int8():
     np.testing.assert_allclose(run(after, x), run(before, x), rtol=1e-4, atol=1e-3)
 
 
+def test_with_quantized_activations_small_weights_are_int8_too():
+    """ONNX Runtime would round a float weight there by itself, with one scale for all channels."""
+    weight = grid(15, (4, 9, 1, 1), 0)
+    before, after = conv(weight, quantized=True), conv(weight, quantized=True)
+    assert store_packed(after) == 0
+    assert ops(after)[-2:] == ["DequantizeLinear", "Conv"] and ops(after).count("DequantizeLinear") == 2
+    x = RNG.standard_normal((2, 9, 6, 6)).astype(np.float32)
+    np.testing.assert_allclose(run(after, x), run(before, x), rtol=1e-4, atol=1e-3)
+
+
+def test_with_few_bits_the_bias_stays_exact():
+    """ONNX Runtime would round a bias inside the product to the product of the two scales."""
+    weight = grid(15, (8, 33, 3, 3), 0)
+    before = conv(weight, quantized=True)
+    before.graph.node[-1].input.append("b")
+    before.graph.initializer.append(numpy_helper.from_array(RNG.standard_normal(8).astype(np.float32), "b"))
+    after = onnx.ModelProto.FromString(before.SerializeToString())
+    store_packed(after)
+    assert ops(after)[-2:] == ["Conv", "Add"]
+    x = RNG.standard_normal((2, 33, 6, 6)).astype(np.float32)
+    plain = open_session(before.SerializeToString(), optimize=False).run(None, {"x": x})[0]
+    np.testing.assert_allclose(run(after, x), plain, rtol=1e-4, atol=1e-4)
+
+
 def test_ordinary_weights_and_small_ones_stay():
     for weight in (RNG.standard_normal((64, 64)), grid(3, (8, 8), 1)):
         file = matmul(weight)

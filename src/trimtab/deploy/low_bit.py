@@ -24,6 +24,7 @@ from trimtab.deploy.graph import attribute, drop_unused, tensors
 
 BLOCK = 32  # inputs that share a scale in MatMulNBits
 SAME = 1e-5  # relative: values this near are one level; those of any format of 8 bits or less are further apart
+INT8_STEPS = 127
 INT8_ACCUMULATION = 4  # accuracy_level of MatMulNBits
 
 
@@ -45,13 +46,18 @@ def store_packed(model: ModelProto) -> int:
         axis = _out_axis(node, weight)
         levels, codes, scale = _grid(weight, axis)
         bits = next((b for b in (1, 2, 4, 8) if len(levels) <= 2**b), None)
-        if bits is None or codes.size * bits // 8 + 4 * levels.size + 4 * scale.size + 256 > 0.9 * weight.nbytes:
+        if bits is None:
             continue
         source = makers.get(node.input[0])
         steps = levels * _steps(levels)
         integer = source is not None and source.op_type == "DequantizeLinear" and _whole(steps)
-        _decode(model, node, codes, bits, levels, scale, axis, steps if integer else None)
-        done += 1
+        if codes.size * bits // 8 + 4 * levels.size + 4 * scale.size + 256 <= 0.9 * weight.nbytes:
+            _decode(model, node, codes, bits, levels, scale, axis, steps if integer else None)
+            done += 1
+        elif integer:
+            _dequantize(model, node, np.rint(steps).astype(np.int8)[codes], scale / _steps(levels), axis)
+        if integer and _steps(levels) < INT8_STEPS:
+            _late_bias(model, node, held, weight.ndim)
     drop_unused(model)
     return done
 
@@ -125,7 +131,7 @@ def _ternary(levels: np.ndarray) -> bool:
 
 def _steps(levels: np.ndarray) -> float:
     """How many steps of the integer grid the largest level is, if the levels are one: 1, 7, 127, ..."""
-    return next((float(n) for n in (1, *(2**b - 1 for b in range(2, 8))) if _whole(levels * n)), 127.0)
+    return next((float(n) for n in (1, *(2**b - 1 for b in range(2, 8))) if _whole(levels * n)), float(INT8_STEPS))
 
 
 def _whole(values: np.ndarray) -> bool:
@@ -185,6 +191,35 @@ def _decode(
     at = list(model.graph.node).index(node)
     for i, new in enumerate(nodes):
         model.graph.node.insert(at + i, new)
+
+
+def _dequantize(model: ModelProto, node: NodeProto, codes: np.ndarray, scale: np.ndarray, axis: int) -> None:
+    """The weight as plain int8: a float one between quantized activations would be rounded when the file is loaded."""
+    base = f"{node.output[0]}.w"
+    for key, value in (("codes", codes), ("scale", scale.reshape(-1).astype(np.float32))):
+        model.graph.initializer.append(numpy_helper.from_array(value, f"{base}.{key}"))
+    node.input[1] = f"{base}.0"
+    decode = helper.make_node("DequantizeLinear", [f"{base}.codes", f"{base}.scale"], [node.input[1]], axis=axis)
+    model.graph.node.insert(list(model.graph.node).index(node), decode)
+
+
+def _late_bias(model: ModelProto, node: NodeProto, held: dict[str, np.ndarray], ndim: int) -> None:
+    """The bias as a sum after the product, where ONNX Runtime leaves it in float32.
+
+    Inside the product it is rounded, when the file is loaded, to multiples of the scales of input and weight multiplied:
+    fine steps with 8 bits, coarse ones with fewer.
+    """
+    bias = held.get(node.input[2]) if len(node.input) > 2 else None
+    if bias is None or (node.op_type == "Gemm" and attribute(node, "beta", 1.0) != 1):
+        return
+    out, base = node.output[0], f"{node.output[0]}.b"
+    wide = bias.reshape(-1, *(1 for _ in range(ndim - 2))) if node.op_type == "Conv" else bias
+    model.graph.initializer.append(numpy_helper.from_array(wide, base))
+    del node.input[2]
+    node.output[0] = f"{base}.0"
+    model.graph.node.insert(
+        list(model.graph.node).index(node) + 1, helper.make_node("Add", [node.output[0], base], [out])
+    )
 
 
 def _multiply(model: ModelProto, node: NodeProto, signs: np.ndarray, scale: np.ndarray) -> None:

@@ -35,6 +35,7 @@ from trimtab.core.cost import measure_onnx
 from trimtab.core.errors import BudgetError
 from trimtab.core.onnx_file import read_onnx
 from trimtab.data import load_data
+from trimtab.deploy.runtime import OnnxModel
 from trimtab.learn import Batch, Context
 
 CONV = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1}
@@ -53,7 +54,7 @@ def data():
 
 @pytest.fixture(scope="module")
 def net():
-    return tt.create_model("trim_net", width=8, depths=(1, 1), **NET)
+    return tt.create_model("trim_net", width=8, depths=(1, 1), seed=0, **NET)
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +279,11 @@ def test_the_file_is_in_qdq_form_small_and_computes_the_same(net, small, data, t
     done = tt.export(small, tmp_path / "small.onnx", data=data, split="test", exporter="classic")
     ops = [n.op_type for n in read_onnx(done.path).graph.node]
     assert ops.count("QuantizeLinear") == len(layers(net, skip=()))  # an input of every layer
-    assert done.agreement > 0.95 and done.size < 0.5 * big.size
+    images = next(iter(data.loader("test", batch_size=80, shuffle=False, augment=None)))["image"]
+    with torch.no_grad():
+        off = np.abs(OnnxModel(done.path).logits(images.numpy()) - small.eval()(images).numpy())
+    assert np.quantile(off, 0.95) < 1e-3  # the last bit of a sum may turn an activation into the next level
+    assert done.size < 0.5 * big.size
     assert abs(done.accuracy - tt.evaluate(small, data)["accuracy"]) < 0.03
     assert measure_onnx(done.path, what=("macs",)).macs == tt.measure(net, (1, 8, 8)).macs
 
