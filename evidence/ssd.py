@@ -4,7 +4,6 @@ The network is `ssd_nano` (255 k parameters, 35 M multiply-adds) on images of 96
 Cells are as wide as they are high; what aspect ratios bring is looked for on drawn bars three times as long as they
 are thick, lying and standing. Everything is trained alike. Three seeds take about five minutes of one CPU core.
 ``python -m evidence.ssd bccd/ docs/images/ssd_cells.png`` draws what the first network sees.
-``python -m evidence.ssd docs/images/ssd_cells.png --data bccd/`` draws what the first network sees.
 """
 
 from __future__ import annotations
