@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import socket
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +38,7 @@ from trimtab.core.artifact import InputSpec, load, save
 from trimtab.core.cost import measure
 
 Builder = Callable[[], nn.Module]
-Size = tuple[int, int, int]
+Size = tuple[int, ...]  # (C, H, W), or (C, D, H, W)
 
 
 class ModelCase:
@@ -45,7 +46,7 @@ class ModelCase:
 
     Args:
         model: a name that `create_model` knows, or a callable without arguments that makes the model.
-        input_size: (C, H, W); for a name, its own by default.
+        input_size: (C, H, W), or (C, D, H, W) for volumes; for a name, its own by default.
         other_size: a second size it must take; by default the first, 1.5 times as large, None for none.
         num_classes: width of the logits.
         **kwargs: for `create_model`.
@@ -80,8 +81,8 @@ class ModelCase:
             self.name, self._build = None, model
         self.input_size, self.num_classes = input_size, num_classes
         if other_size == "auto":
-            c, h, w = input_size
-            other_size = (c, h * 3 // 2, w * 3 // 2)
+            c, *sides = input_size
+            other_size = (c, *(side * 3 // 2 for side in sides))  # type: ignore[assignment]
         self.other_size: Size | None = other_size  # type: ignore[assignment]
 
     def build(self, seed: int = 0) -> nn.Module:
@@ -156,7 +157,9 @@ def check_backward(case: ModelCase) -> None:
             p.data.normal_(std=0.1, generator=generator)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        nn.functional.cross_entropy(model(case.images(8)), labels).backward()
+        out, own = model(case.images(8)), getattr(model, "criterion", None)
+        losses = [nn.functional.cross_entropy(out, labels)] if own is None else own(out, {"label": labels}).values()
+        sum(losses, start=torch.zeros(())).backward()
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
@@ -256,11 +259,11 @@ def check_classifier(case: ModelCase) -> None:
 
 def check_wrong_input(case: ModelCase) -> None:
     """Images with another number of channels, and tensors that are no batch of images, are refused in words."""
-    c, h, w = case.input_size
+    c, *sides = case.input_size
     for what, x in {
-        f"{c + 1} channels": torch.zeros(2, c + 1, h, w),
-        "a single image without batch": torch.zeros(c, h, w),
-        "flat vectors": torch.zeros(2, c * h * w),
+        f"{c + 1} channels": torch.zeros(2, c + 1, *sides),
+        "a single image without batch": torch.zeros(c, *sides),
+        "flat vectors": torch.zeros(2, math.prod(case.input_size)),
     }.items():
         try:
             case.model(x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -19,10 +20,12 @@ def sizes(name: str) -> dict:
         return {"input_size": (3, 32, 32), "other_size": (3, 48, 48)}
     if name.startswith(("cct_6", "cct_7")):
         return {"input_size": (3, 16, 16), "other_size": (3, 24, 24)}
-    if name == "unireplknet_a" or name.startswith("skipblocknet"):
+    if name in ("unireplknet_a", "mcunetv2_large") or name.startswith("skipblocknet"):
         return {"input_size": (3, 64, 64), "other_size": (3, 96, 96)}
     if name == "u_mamba_enc_nano_32":  # built for one size
         return {"other_size": None}
+    if name.startswith("reversible_unet_tiny"):
+        return {"input_size": (4, 8, 8, 8), "other_size": (4, 16, 8, 24)}
     return {}
 
 
@@ -35,6 +38,10 @@ SAME = {
 SAME |= {f"vim_{size}" for size in ("tiny", "small", "base", "tiny_plus", "small_plus")}
 SAME |= {f"vmamba_{size}" for size in ("tiny_v0", "tiny", "tiny_s2l5", "small", "base")}
 SAME |= {"vm_unet", "vm_unet_large", "u_mamba_bot", "u_mamba_enc"}
+SAME |= {"reversible_unet_tiny_1", "reversible_unet_tiny_4", "reversible_unet_wide"}
+SAME |= {"dtop_segmenter", "dtop_segvit_base", "dtop_segvit_large"}
+SAME |= {n for n in list_models(ours=True) if timm.model_entrypoint(n).__module__.startswith("trimtab.models.restore")}
+SAME |= set(list_models("ssd*", ours=True))  # boxes, not logits
 OURS = [n for n in list_models(ours=True) if n not in SAME]
 FAMILIES = [
     "cct_2_3x2_32",

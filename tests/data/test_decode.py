@@ -112,7 +112,7 @@ def test_an_interrupted_decoding_leaves_nothing_behind(pets: Path, own_cache: Pa
             raise KeyboardInterrupt
 
     real = decode.to_pixels
-    monkeypatch.setattr(decode, "to_pixels", lambda *a: (interrupted(), real(*a))[1])
+    monkeypatch.setattr(decode, "to_pixels", lambda *a, **k: (interrupted(), real(*a))[1])
     with pytest.raises(KeyboardInterrupt):
         load_data(pets, cache="disk")
     assert list(own_cache.iterdir()) == []

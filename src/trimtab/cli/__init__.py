@@ -7,6 +7,6 @@ What is heavy is imported inside the commands, so that ``trimtab --help`` answer
 from trimtab.cli.app import app, main
 
 # Registers the commands, in the order of --help.
-from trimtab.cli import make, search, use, analyze, look  # noqa: F401  # isort: skip
+from trimtab.cli import make, search, adapt, curate, use, serve, analyze, label_sets, look  # noqa: F401  # isort: skip
 
 __all__ = ["app", "main"]

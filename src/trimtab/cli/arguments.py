@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +25,16 @@ if TYPE_CHECKING:
     from trimtab.data import Data
 
 HUB = ("hf-hub:", "hf_hub:")
+# What is trained when no model is named.
+USUAL = {"classify": "resnet8_mlperf_tiny", "segment": "lite_fpn", "detect": "ssd_nano", "restore": "espcn"}
+FOLDERS = {"schedule.json": "PatchedModel", "cascade.json": "CascadeModel"}  # of several .onnx files
 
 
 def kind_of(model: str) -> str:
-    """What a model argument is: "artifact", "onnx" or "name"."""
+    """What a model argument is: "artifact", "onnx", "parts" (a folder of several .onnx files) or "name"."""
     path = Path(model)
+    if any((path / name).is_file() for name in FOLDERS):
+        return "parts"
     if path.is_dir():
         folder_of(model)
         return "artifact"
@@ -52,12 +57,21 @@ def folder_of(model: str) -> Path:
 
 @dataclass(frozen=True)
 class Kept:
-    """An artifact that was opened."""
+    """An artifact that was opened.
+
+    Attributes:
+        loading: options of `load_data` besides size and channels with which it was trained.
+    """
 
     path: str
     model: nn.Module
     spec: InputSpec | None
     labels: list[str] | None
+    loading: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def task(self) -> str:
+        return self.spec.task if self.spec else "classify"
 
     def load_data(self, source: str, seed: int) -> Data:
         """Data as the model was trained to see them: its size, channels, mean and standard deviation.
@@ -65,27 +79,40 @@ class Kept:
         Raises:
             ValueError: the classes are not the model's.
         """
-        from trimtab.data import Data, load_data
+        from trimtab.data import load_data
 
         if self.spec is None:
             loaded = load_data(source, seed=seed)
         else:
             channels, height, width = self.spec.size
-            loaded = load_data(source, image_size=(height, width), in_chans=channels, seed=seed)
+            given: dict[str, Any] = {"in_chans": channels, "seed": seed, **self.loading}
+            if self.task == "restore":
+                given |= {"patch": height}
+            else:
+                given |= {"image_size": (height, width)}
+            loaded = load_data(source, task=self.task, **given)
         if self.labels is not None and loaded.class_names != self.labels:
             ours, theirs = (", ".join(names[:6]) for names in (self.labels, loaded.class_names))
             raise ValueError(f"{self.path} knows the classes {ours}; the data have {theirs}")
         if self.spec is None:
             return loaded
-        return Data(
-            loaded.name,
-            loaded.splits,
-            loaded.class_names,
-            mean=self.spec.mean,
-            std=self.spec.std,
-            warnings=loaded.warnings,
-            skipped=loaded.skipped,
-        )
+        return loaded.like(mean=self.spec.mean, std=self.spec.std)
+
+    def vision(self, **limits: float) -> Any:
+        """What looks at pictures with this model, for all tasks but classification."""
+        import torch
+
+        from trimtab.deploy import Vision
+        from trimtab.deploy.to_onnx import Candidates
+
+        assert self.spec is not None
+        net = Candidates(self.model, self.spec) if self.task == "detect" else self.model
+
+        def run(images: Any) -> Any:
+            with torch.inference_mode():
+                return net(torch.from_numpy(images)).float().numpy()
+
+        return Vision(run, self.spec, self.labels, **limits)
 
 
 def artifact(model: str) -> Kept:
@@ -97,7 +124,8 @@ def artifact(model: str) -> Kept:
 
     folder = folder_of(model)
     manifest = read_manifest(folder)
-    return Kept(model, load(folder), manifest.input_spec, manifest.labels)
+    loading = (manifest.provenance or {}).get("loading") or {}
+    return Kept(model, load(folder), manifest.input_spec, manifest.labels or None, loading)
 
 
 def by_name(name: str, **kwargs: Any) -> nn.Module:
@@ -112,21 +140,50 @@ def by_name(name: str, **kwargs: Any) -> nn.Module:
 
 
 def model_and_data(
-    model: str, source: str, *, size: int | None = None, weights: Path | None, pretrained: bool, seed: int
+    model: str | None,
+    source: str,
+    *,
+    size: int | None = None,
+    weights: Path | None,
+    pretrained: bool,
+    seed: int,
+    task: str | None = None,
+    loading: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, Data]:
-    """What to train, and on what: an artifact with data in its shape, or a model made for the data."""
+    """What to train, and on what: an artifact with data in its shape, or a model made for the data.
+
+    model: None for the task's `USUAL`. loading: more options of `load_data`.
+    """
+    loading = dict(loading or {})
+    model = model or USUAL[task or "classify"]
     if kind_of(model) == "artifact":
         if size or weights or pretrained:
             raise typer.BadParameter("an artifact has its own size and weights; drop --size, --weights, --pretrained")
         kept = artifact(model)
-        return kept.model, kept.load_data(source, seed)
+        if task not in (None, kept.task):
+            raise typer.BadParameter(f"{model} was trained for task {kept.task!r}, got --task {task}")
+        return kept.model, replace(kept, loading={**kept.loading, **loading}).load_data(source, seed)
     if weights and pretrained:
         raise typer.BadParameter("give --weights or --pretrained, not both")
     from trimtab.data import load_data
+    from trimtab.models.factory import shape_for
 
-    loaded = load_data(source, image_size=size, seed=seed)
-    shape = {"num_classes": loaded.num_classes, "in_chans": loaded.in_chans, "img_size": loaded.size}
-    return by_name(model, **shape, weights=weights, pretrained=pretrained, seed=seed), loaded
+    with wrong_use():
+        check_loading(task, loading)
+    if size:
+        loading["image_size"] = size
+    loaded: Any = load_data(source, task=task, seed=seed, **loading)
+    return by_name(model, **shape_for(loaded), weights=weights, pretrained=pretrained, seed=seed), loaded
+
+
+def check_loading(task: str | None, loading: Mapping[str, Any]) -> None:
+    """Raises ValueError when `load_data` has no such option for the task."""
+    from trimtab.data.load import LOADING
+
+    known = (*LOADING[task or "classify"], "in_chans", "val", "test", "limit")
+    for name in loading:
+        if name not in known:
+            raise ValueError(f"--load takes {', '.join(known)} for task {task or 'classify'!r}, got {name!r}")
 
 
 def cost_of(net: nn.Module, data: Data) -> dict[str, Any]:
@@ -141,13 +198,14 @@ def keep(net: nn.Module, data: Data, out: Path, step: str, **how: Any) -> dict[s
     import trimtab as tt
     from trimtab.core import host
 
-    metrics = tt.evaluate(net, data, "test")
+    metrics = tt.evaluate(net, data, "test" if "test" in data.splits else "val")
     cost = cost_of(net, data)
     provenance = {"step": step, **how, "data": data.name, "machine": host.machine(), "versions": host.versions()}
     path = tt.save(
         net, out, spec=data.spec, labels=data.class_names, cost=cost, metrics=metrics, provenance=plain(provenance)
     )
-    return {"model": str(path), "cost": cost, "accuracy": metrics["accuracy"], "images": metrics["n"]}
+    scores = {k: v for k, v in metrics.items() if k not in ("n", "loss")}
+    return {"model": str(path), "cost": cost, **scores, "images": metrics["n"]}
 
 
 def measured(
@@ -163,6 +221,8 @@ def measured(
     kind = kind_of(model)
     if num_classes is not None and kind != "name":
         raise typer.BadParameter(f"--num-classes is for registry names; {model} has its own classes")
+    if kind == "parts":
+        raise typer.BadParameter(f"{model} has several .onnx files; measure one of them")
     if kind == "onnx":
         from trimtab.core.cost import measure_onnx
 
@@ -171,7 +231,7 @@ def measured(
 
     if kind == "artifact":
         kept = artifact(model)
-        net, size = kept.model, size or (kept.spec.size if kept.spec else None)
+        net, size = kept.model, size or (kept.spec.size if kept.spec else None)  # type: ignore[assignment]
         if size is None:
             raise typer.BadParameter(f"{model} does not say what input it takes; give --input C,H,W")
     else:
@@ -193,10 +253,11 @@ def predicted(model: str, files: list[Path], top: int) -> list[dict[str, Any]]:
     kind = kind_of(model)
     if kind == "name":
         raise typer.BadParameter(f"{model} must be an artifact folder or an .onnx file: a bare name knows no weights")
-    if kind == "onnx":
-        from trimtab.deploy import OnnxModel
+    if kind in ("onnx", "parts"):
+        from trimtab import deploy
 
-        found = OnnxModel(model).predict(files)
+        opened = next((f for name, f in FOLDERS.items() if (Path(model) / name).is_file()), "OnnxModel")
+        found = getattr(deploy, opened)(model).predict(files)
         ranked = [list(p.top) for p in found]
     else:
         ranked = _predicted_by_artifact(model, files)
@@ -205,6 +266,30 @@ def predicted(model: str, files: list[Path], top: int) -> list[dict[str, Any]]:
         best = [{"label": label, "confidence": float(p)} for label, p in pairs[:top]]
         answers.append({"image": str(file), **best[0], **({"top": best} if top > 1 else {})})
     return answers
+
+
+def seen(model: str, files: list[Path], out: Path | None, least: float) -> list[dict[str, Any]] | None:
+    """What a network that segments, detects or restores sees in every image, drawn to `out`; None for a classifier."""
+    kind = kind_of(model)
+    if kind in ("name", "parts"):
+        return None
+    if kind == "onnx":
+        from trimtab.deploy import OnnxVision
+        from trimtab.deploy.runtime import read_notes
+
+        if read_notes(model)[0].task == "classify":
+            return None
+        vision: Any = OnnxVision(model, least=least)
+    else:
+        kept = artifact(model)
+        if kept.task == "classify":
+            return None
+        vision = kept.vision(least=least)
+    if vision.spec.task == "restore" and out is None:
+        raise typer.BadParameter("give --out, a folder for the restored pictures")
+    from trimtab.cli import pictures
+
+    return [pictures.told(vision, file, out, files) for file in files]
 
 
 def _predicted_by_artifact(model: str, files: list[Path]) -> list[list[tuple[str, float]]]:
@@ -238,11 +323,20 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
     return files
 
 
-def one_data(argument: str | None, option: str | None) -> str:
+def one_data(argument: str | None, option: str | None, usual: str = "digits") -> str:
     """The data, given as DATA or as ``--data``."""
     if argument is not None and option is not None:
         raise typer.BadParameter("give the data once, as DATA or as --data")
-    return argument or option or "digits"
+    return argument or option or usual
+
+
+def task_of(text: str | None) -> str:
+    """A task by its word."""
+    from trimtab.data.load import TASKS
+
+    if text is not None and text not in TASKS:
+        raise typer.BadParameter(f"--task must be one of {', '.join(TASKS)}, got {text!r}")
+    return text or "classify"
 
 
 def budget_of(text: str | None) -> Budget | None:

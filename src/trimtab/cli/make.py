@@ -16,6 +16,10 @@ Budget_ = Annotated[str | None, typer.Option(help='Bounds to meet, such as "para
 Seed = Annotated[int, typer.Option(help="Same seed, same result.")]
 Data_ = Annotated[str | None, typer.Argument(metavar="DATA", help="A folder of class folders, a data set, or digits.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over instead of going on with what is in --out.")]
+Task_ = Annotated[
+    str | None,
+    typer.Option("--task", metavar="TASK", help="classify, segment, detect or restore.", show_default="classify"),
+]
 DataOption = Annotated[str | None, typer.Option("--data", help="The same as DATA.")]
 
 
@@ -29,6 +33,7 @@ def compact(
     out: Annotated[Path, typer.Option(help="Folder for the model, ONNX, report and run.json.")] = Path("trimtab-out"),
     seed: Seed = 0,
     fresh: Fresh = False,
+    task: Task_ = None,
 ) -> None:
     """Find the best compact model for your data inside a budget.
 
@@ -43,6 +48,10 @@ def compact(
     """
     arguments.budget_of(budget)
     arguments.seconds_of(time)
+    if arguments.task_of(task) != "classify":
+        raise typer.BadParameter(
+            f"compact is for classification; for --task {task} use trimtab train --task {task}, then trimtab compress"
+        )
     source = arguments.one_data(data, data_option)
     from trimtab.compact import compact as run_compact
 
@@ -55,22 +64,46 @@ def compact(
 def train(
     data: Data_ = None,
     data_option: DataOption = None,
-    model: Annotated[str, typer.Option(help="Registry name, or an artifact to train on.")] = "resnet8_mlperf_tiny",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Registry name, or an artifact to train on.",
+            show_default="resnet8_mlperf_tiny; lite_fpn to segment, ssd_nano to detect, espcn to restore",
+        ),
+    ] = None,
+    task: Task_ = None,
     out: Annotated[Path, typer.Option(help="Folder for the trained model.")] = Path("trimtab-trained"),
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Passes over the data (10 when --time is not given).")
     ] = None,
     time: Annotated[str | None, typer.Option(help="Train for so long instead, such as 90s or 10m.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per step.")] = 128,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images per step.", show_default="128, or 16 for other tasks")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate; by default the optimizer's usual one.")] = None,
-    opt: Annotated[str, typer.Option(help="Optimizer, by timm's name.")] = "sgd",
+    opt: Annotated[
+        str | None, typer.Option(help="Optimizer, by timm's name.", show_default="sgd, or adamw for other tasks")
+    ] = None,
+    warmup: Annotated[float | None, typer.Option(min=0, max=1, help="Share of the training that warms up.")] = None,
+    clip_grad: Annotated[float | None, typer.Option(min=0, help="Largest norm of the gradient.")] = None,
+    augment: Annotated[
+        str, typer.Option(help="Augmentation in words joined by '+', such as crop_flip; or none.")
+    ] = "auto",
     size: Annotated[int | None, typer.Option(min=1, help="Image size in pixels; by default that of the data.")] = None,
     objective: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
             help="What is minimised, by its name in trimtab.learn.",
-            show_default="classify, or kd with --teacher",
+            show_default="that of the task, or kd with --teacher",
+        ),
+    ] = None,
+    loading: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--load",
+            metavar="NAME=VALUE",
+            help="An option of load_data for the task, such as scale=3; may be repeated.",
         ),
     ] = None,
     given: Annotated[
@@ -93,12 +126,17 @@ def train(
       trimtab train photos/ --model mobilenetv3_small_100 --time 10m --opt adamw
       trimtab train photos/ --model resnet8_mlperf_tiny --teacher big/ --set T=2 --set alpha=0.5
       trimtab train photos/ --model resnet8_mlperf_tiny --objective lsskd --set branches=3
+      trimtab train street/ --task segment --size 128 --load void=11 --out segmenter/
+      trimtab train pictures/ --task restore --load scale=3 --out upscaler/
     """
     if epochs is not None and time is not None:
         raise typer.BadParameter("give --epochs or --time, not both")
     limit = None if time is None else arguments.seconds_of(time)
-    source = arguments.one_data(data, data_option)
-    name = objective or ("kd" if teacher else "classify")
+    kept = arguments.artifact(model).task if model and arguments.kind_of(model) == "artifact" else None
+    asked = arguments.task_of(task or kept)
+    source = arguments.one_data(data, data_option, "digits" if asked == "classify" else "scenes")
+    how_loaded = arguments.options_of(loading, "--load")
+    name = objective or ("kd" if teacher else asked)
     options = arguments.options_of(given) | ({"teacher": teacher} if teacher else {})
     import trimtab as tt
     from trimtab.learn import methods
@@ -107,7 +145,9 @@ def train(
         methods.check(name, options)
         network = {"teacher": arguments.artifact(teacher).model} if teacher else {}
         minimised = methods.make(name, **options | network)
-    net, loaded = arguments.model_and_data(model, source, size=size, weights=weights, pretrained=pretrained, seed=seed)
+    net, loaded = arguments.model_and_data(
+        model, source, size=size, weights=weights, pretrained=pretrained, seed=seed, task=asked, loading=how_loaded
+    )
     fitted = tt.fit(
         net,
         loaded,
@@ -117,12 +157,16 @@ def train(
         batch_size=batch_size,
         lr=lr,
         opt=opt,
+        warmup=warmup,
+        clip_grad=clip_grad,
+        augment=augment,
         seed=seed,
         out=out / "training",
         resume=not fresh,
         progress=log.progress_wanted(),
     )
-    result = arguments.keep(fitted.model, loaded, out, "train", seed=seed, objective=name, options=options)
+    how = {"objective": name, "options": options} | ({"loading": how_loaded} if how_loaded else {})
+    result = arguments.keep(fitted.model, loaded, out, "train", seed=seed, **how)
     result |= {"seconds": fitted.seconds, "stopped": fitted.stopped}
     emit(result, lambda: say.result(result))
 
@@ -145,7 +189,7 @@ def compress(
         typer.Option(
             min=0,
             help="Passes of training: within a method that trains by itself, otherwise afterwards; 0 for none.",
-            show_default="the method's, or 5 afterwards",
+            show_default="the method's, or 5 afterwards; none for methods that compute the same",
         ),
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate of that training.")] = None,
@@ -174,10 +218,11 @@ def compress(
     training: dict[str, Any] = {"seed": seed, "out": out / "training", "resume": not fresh, "progress": bars}
     training |= {k: v for k, v in (("epochs", epochs), ("lr", lr), ("opt", opt)) if v is not None}
     net, loaded = arguments.model_and_data(model, data, weights=None, pretrained=False, seed=seed)
-    before = {"cost": arguments.cost_of(net, loaded), "accuracy": tt.evaluate(net, loaded)["accuracy"]}
+    before = {"cost": arguments.cost_of(net, loaded), **tt.evaluate(net, loaded)}
     small = methods.run(method, net, loaded, **{k: v for k, v in training.items() if k in has}, **options)
-    if "epochs" not in has and epochs != 0:
-        small = tt.fit(small, loaded, **{"epochs": 5, **training}).model
+    usual = 0 if method in methods.SAME_FUNCTION else 5
+    if "epochs" not in has and (usual if epochs is None else epochs):
+        small = tt.fit(small, loaded, **{"epochs": usual, **training}).model
     result = arguments.keep(small, loaded, out, "compress", seed=seed, source=model, method=method, options=options)
     result["before"] = before
     emit(result, lambda: say.result(result))

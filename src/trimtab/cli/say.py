@@ -17,6 +17,13 @@ def words(name: str, value: Any) -> str:
     return quantity(name, value)
 
 
+def score(name: str, value: float) -> str:
+    """A score of any task, or a cost."""
+    if name in ("psnr", "ssim"):
+        return f"{value:.2f} dB" if name == "psnr" else f"{value:.4f}"
+    return words("accuracy" if name in SCORES else name, value)
+
+
 def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], empty: str) -> None:
     from rich import box
     from rich.console import Console
@@ -47,6 +54,7 @@ def pairs(value: Mapping[str, Any]) -> None:
         print(f"{k.replace('_', ' '):{width}}  {words(k, v) if isinstance(v, float | int) and k in UNITS else v}")
 
 
+SCORES = ("accuracy", "miou", "map", "ap50", "psnr", "ssim")
 UNITS = ("params", "macs", "activations", "size", "memory", "latency", "latency_iqr", "energy", "bops", "accuracy")
 
 
@@ -75,12 +83,12 @@ def cost(model: str, cost: Cost, per_layer: bool, verdict: Any, plot: Path | Non
 def result(result: Mapping[str, Any]) -> None:
     before = result.get("before")
     print(f"model: {result['model']}")
-    rows = {"accuracy": result["accuracy"], **{k: v for k, v in result["cost"].items() if k in UNITS}}
-    was = {"accuracy": before["accuracy"], **before["cost"]} if before else {}
+    rows = {k: result[k] for k in SCORES if k in result} | {k: v for k, v in result["cost"].items() if k in UNITS}
+    was = {**before, **before["cost"]} if before else {}
     for name, value in rows.items():
         if value is not None:
-            past = f"   (was {words(name, was[name])})" if was.get(name) is not None else ""
-            print(f"  {name:12}{words(name, value)}{past}")
+            past = f"   (was {score(name, was[name])})" if was.get(name) is not None else ""
+            print(f"  {name:12}{score(name, value)}{past}")
 
 
 def searched(found: Mapping[str, Any]) -> None:
@@ -95,6 +103,27 @@ def searched(found: Mapping[str, Any]) -> None:
         print(f"  {file}")
 
 
+def adapted(value: Mapping[str, Any]) -> None:
+    result(value)
+    report = value["report"]
+    if "adapters" in report:
+        print(f"trained {report['trained']} of {report['base']} parameters ({report['share']:.3%})")
+        print(f"  {report['file']!s:32} {words('size', report['bytes'])}")
+        return
+    if "learned" not in report:
+        print("accuracy  " + ", ".join(f"{k} {words('accuracy', v)}" for k, v in report["accuracy"].items()))
+        rows = [
+            {"score": score, "set": other, "auroc": f"{m['auroc']:.3f}", "fpr95": words("accuracy", m["fpr95"])}
+            for score, sets in report["ood"].items()
+            for other, m in sets.items()
+        ]
+        table(rows, {"set": "strange images", "score": "score", "auroc": "AUROC", "fpr95": "FPR95"}, "")
+        return
+    for name in ("average_accuracy", "incremental_accuracy", "forgetting", "backward_transfer", "forward_transfer"):
+        if report[name] is not None:
+            print(f"  {name.replace('_', ' '):21}{100 * report[name]:.2f}%")
+
+
 def run(run: Mapping[str, Any], out: Path) -> None:
     result = run.get("result") or {}
     print(result.get("summary") or run.get("title"))
@@ -107,11 +136,11 @@ def run(run: Mapping[str, Any], out: Path) -> None:
 
 def recipe(result: Mapping[str, Any]) -> None:
     for row in result["phases"]:
-        accuracy = next(
-            (f"{k.replace('_', ' ')} {words('accuracy', v)}" for k, v in row.items() if "accuracy" in k), ""
-        )
-        print(f"  {row['phase']:10}{row.get('as') or '':12}{accuracy}")
-    print(f"test accuracy {words('accuracy', result['accuracy'])}")
+        named = ((*k.rpartition("_")[::2], v) for k, v in row.items())
+        reached = next((f"{split} {name} {score(name, v)}" for split, name, v in named if name in SCORES), "")
+        print(f"  {row['phase']:10}{row.get('as') or '':12}{reached}")
+    name = next(k for k in SCORES if k in result)
+    print(f"test {name} {score(name, result[name])}")
     budget(result["budget"])
     for file in result["files"]:
         print(f"  {file}")
@@ -127,6 +156,17 @@ def answers(answers: Sequence[Mapping[str, Any]]) -> None:
     for a in answers:
         best = a.get("top") or [a]
         print(f"{a['image']:{width}}  " + "  ".join(f"{b['label']} {words('accuracy', b['confidence'])}" for b in best))
+
+
+def seen(answers: Sequence[Mapping[str, Any]]) -> None:
+    width = max(len(a["image"]) for a in answers)
+    for a in answers:
+        said = [f"{c['label']} {words('accuracy', c['share'])}" for c in a.get("classes", [])[:5]]
+        said += [f"{o['label']} {words('accuracy', o['confidence'])}" for o in a.get("objects", [])[:8]]
+        said += [f"{len(a['objects']) - 8} more"] if len(a.get("objects", [])) > 8 else []
+        if "size" in a:
+            said.append(f"{a['size'][0]}x{a['size'][1]}")
+        print(f"{a['image']:{width}}  {', '.join(said) or 'nothing'}" + (f"  -> {a['drawn']}" if "drawn" in a else ""))
 
 
 def system(value: Mapping[str, Any], reached: str) -> None:

@@ -47,7 +47,7 @@ def before_dashes(args: Sequence[str]) -> list[str]:
 def emit(value: Any, show: Callable[[], None]) -> None:
     """The result of a command: JSON when asked for, otherwise what `show` prints."""
     if _current.json:
-        print(json.dumps(plain(value), indent=1, ensure_ascii=False), file=_current.out)
+        print(json.dumps(plain(value), indent=1, ensure_ascii=False), file=_current.out, flush=True)
     elif not _current.quiet:
         show()
 

@@ -69,16 +69,27 @@ def measure(
 def predict(
     model: Annotated[str, typer.Argument(help="Artifact folder or .onnx file.")],
     images: Annotated[list[Path], typer.Argument(exists=True, help="Image files, or folders of them.")],
-    top: Annotated[int, typer.Option(min=1, help="How many answers per image.")] = 1,
+    top: Annotated[int, typer.Option(min=1, help="How many answers per image, of a classifier.")] = 1,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for pictures with masks or boxes drawn, or restored pictures.")
+    ] = None,
+    least: Annotated[float, typer.Option(min=0, max=1, help="Objects that are less sure are not told.")] = 0.3,
 ) -> None:
-    """Name what is in images.
+    """Name what is in images; or segment them, find objects in them, restore them, as the model was trained to.
 
     \b
     Examples:
       trimtab predict trimtab-out/ cat.jpg dog.jpg
       trimtab predict trimtab-out/model.onnx photos/ --top 3 --json
+      trimtab predict detector/ photos/ --out drawn/
     """
     files = arguments.image_files(images)
+    seen = arguments.seen(model, files, out, least)
+    if seen is not None:
+        emit(seen, lambda: say.seen(seen))
+        return
+    if out is not None:
+        raise typer.BadParameter(f"{model} classifies, so there is nothing to draw; drop --out")
     answers = arguments.predicted(model, files, top)
     emit(answers, lambda: say.answers(answers))
 
@@ -86,10 +97,12 @@ def predict(
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(help="The artifact to export.")],
-    path: Annotated[Path, typer.Argument(help="The .onnx file to write.")],
+    path: Annotated[Path, typer.Argument(help="The .onnx file to write; a folder for --memory and --second.")],
     data: Annotated[str | None, typer.Option(help="Data to check on, and to calibrate 8 bit with.")] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Quantize to 8 bit (needs --data).")] = False,
     check: Annotated[bool, typer.Option(help="Compare the file's answers with the model's.")] = True,
+    memory: Annotated[str | None, typer.Option(help="Run in patches inside this memory, such as 256KB.")] = None,
+    second: Annotated[str | None, typer.Option(help="Another artifact to ask when in doubt (needs --data).")] = None,
 ) -> None:
     """Write a model as ONNX, checked against the original.
 
@@ -97,17 +110,31 @@ def export(
     Examples:
       trimtab export trimtab-out/ model.onnx
       trimtab export trimtab-out/ model-int8.onnx --int8 --data photos/
+      trimtab export trimtab-out/ patches/ --memory 256KB
+      trimtab export small/ pair/ --second other/ --data photos/
     """
     if int8 and data is None:
         raise typer.BadParameter("--int8 needs --data to calibrate with")
+    if second is not None and data is None:
+        raise typer.BadParameter("--second needs --data, whose validation images say when to ask it")
+    if int8 + (memory is not None) + (second is not None) > 1:
+        raise typer.BadParameter("give one of --int8, --memory and --second")
     import trimtab as tt
 
     kept = arguments.artifact(model)
     loaded = kept.load_data(data, seed=0) if data is not None else None
     if loaded is None and kept.spec is None:
         raise typer.BadParameter(f"{model} does not say what input it takes; give --data")
-    done = tt.export(kept.model, path, data=loaded, spec=kept.spec, labels=kept.labels, int8=int8, check=check)
-    value = plain(done)
+    if memory is not None:
+        with arguments.wrong_use():
+            schedule = tt.deploy.mcunetv2(kept.model, loaded or kept.spec, memory=memory, labels=kept.labels)
+        value = {"path": str(schedule.save(path)), "schedule": str(schedule)}
+    elif second is not None and loaded is not None:
+        pair = tt.deploy.dual_cnn({model: kept.model, second: arguments.artifact(second).model}, loaded)
+        value = {"path": str(pair.save(path)), "pair": str(pair)}
+    else:
+        done = tt.export(kept.model, path, data=loaded, spec=kept.spec, labels=kept.labels, int8=int8, check=check)
+        value = plain(done)
     emit(value, lambda: say.pairs(value))
 
 

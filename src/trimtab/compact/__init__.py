@@ -8,9 +8,9 @@ The package is callable, so that `tt.compact(...)` works although `trimtab.compa
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from trimtab.core.lazy import callable_package
 
 if TYPE_CHECKING:
     from trimtab.compact.job import compact
@@ -26,9 +26,4 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-class _Callable(ModuleType):
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return __getattr__("compact")(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _Callable
+callable_package(__name__, "compact")

@@ -1,14 +1,16 @@
 """Recipes: phases of learning and surgery written in YAML, run in order, each resumable.
 
-    data: digits
+    data: digits                       # or {spec: street/, task: segment, void: 11}
     model: {name: trim_10k}            # or {load: path/to/artifact}
     out: runs/digits
     phases:
       - train: {epochs: 20, lr: 0.2}
         as: big                        # a name for the model after this phase
       - compress: {method: magnitude, budget: "macs<=50%"}  # or: search: {method: bignas, budget: "macs<=50%"}
+                                                            # or: adapt: {method: nmc, tasks: 5}
+                                                            # or: curate: {method: concept_pruning, keep: 50%}
       - train: {objective: {kd: {teacher: big}}, epochs: 10}
-      - export: {int8: true}
+      - export: {int8: true}  # or {memory: 256KB}, run in patches; or {second: big}, asked when in doubt
     budget: "size<=20KB"               # checked on the exported file
 
 A phase that is done is not done again; a training that was killed goes on.
@@ -27,6 +29,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
+from trimtab import deploy
 from trimtab.compact import searched
 from trimtab.compact.deliver import measured
 from trimtab.compact.journal import Journal
@@ -38,16 +41,19 @@ from trimtab.core.files import write_text
 from trimtab.core.log import logger
 from trimtab.core.options import REQUIRED
 from trimtab.data import Data, load_data
-from trimtab.deploy import export
+from trimtab.data.curate import methods as curation
 from trimtab.learn import Objective, evaluate, fit
 from trimtab.learn import methods as objectives
+from trimtab.learn.adapt import methods as adaptations
+from trimtab.learn.tasks import task_of
 from trimtab.models import create_model, load
+from trimtab.models.factory import shape_for
 from trimtab.search import systems
 
 log = logger(__name__)
 
 MAX_BYTES = 1_000_000  # of a recipe file
-KINDS = ("train", "compress", "search", "export")
+KINDS = ("train", "compress", "search", "adapt", "curate", "export")
 
 
 class RecipeError(TrimtabError, ValueError):
@@ -55,12 +61,14 @@ class RecipeError(TrimtabError, ValueError):
 
 
 class Phase(BaseModel):
-    """One of train, compress, search, export; `as` names the model that comes out."""
+    """One of train, compress, search, adapt, curate, export; `as` names the model that comes out."""
 
     model_config = ConfigDict(extra="forbid")
     train: dict[str, Any] | None = None
     compress: dict[str, Any] | None = None
     search: dict[str, Any] | None = None
+    adapt: dict[str, Any] | None = None
+    curate: dict[str, Any] | None = None
     export: dict[str, Any] | None = None
     as_: str | None = Field(default=None, alias="as")
 
@@ -108,6 +116,12 @@ def read(path: str | Path) -> Recipe:
             _check(phase.compress, methods.check, "magnitude", f"{path}: phases.{i}")
         if phase.search is not None:
             _check(phase.search, systems.check, "bignas", f"{path}: phases.{i}")
+        if phase.adapt is not None:
+            _check(phase.adapt, adaptations.check, "nmc", f"{path}: phases.{i}")
+        if phase.curate is not None:
+            _check(phase.curate, curation.check, "concept_pruning", f"{path}: phases.{i}")
+        if phase.export is not None and (second := phase.export.get("second")) not in {None, *names}:
+            raise RecipeError(f"{path}: phases.{i}: second must be the name of an earlier phase, got {second!r}")
         names |= {phase.as_} if phase.as_ else set()
     if not {"name", "load"} & set(recipe.model):
         raise RecipeError(f"{path}: model: expected a 'name' or an artifact to 'load', got {recipe.model}")
@@ -120,7 +134,8 @@ def run(path: str | Path) -> dict[str, Any]:
     """Carry out a recipe.
 
     Returns:
-        {"phases": [...], "accuracy", "cost", "budget", "files"}: what each phase gave, and the final model's figures.
+        {"phases": [...], "accuracy", "cost", "budget", "files"}: what each phase gave, and the final model's figures;
+        for other tasks "miou", "map" or "psnr" in the place of "accuracy".
     """
     recipe = read(path)
     out = Path(recipe.out)
@@ -132,41 +147,55 @@ def run(path: str | Path) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     files: list[str] = []
     split = "val" if "val" in data.splits else "train"
+    score = task_of(data).scores[0]
     for i, phase in enumerate(recipe.phases):
         folder = out / "phases" / f"{i + 1}-{phase.as_ or phase.kind}"
         key = f"phase {i + 1}"
-        if key in journal.steps and phase.kind != "export":
+        if phase.curate is not None:
+            data = _curate(phase, model, data, folder, recipe.seed)
+        elif key in journal.steps and phase.kind != "export":
             model = load(folder)
         elif phase.kind == "export":
-            target = out / "model.onnx"
-            export(model, target, data=data, **(phase.export or {}))
-            files.append(str(target))
+            files.append(str(_export(phase, model, data, out, named)))
         else:
             if phase.train is not None:
                 model = _train(phase, model, data, folder, named, recipe.seed)
             elif phase.compress is not None:
                 model = _compress(phase, model, data, folder, recipe.seed)
-            else:
+            elif phase.search is not None:
                 model = _search(phase, model, data, folder, recipe.seed)
+            else:
+                model = _adapt(phase, model, data, folder, recipe.seed)
             artifact.save(model, folder, spec=data.spec, labels=data.class_names)
         if phase.as_:
             named[phase.as_] = folder
-        row = journal.once(key, lambda m=model: {"accuracy": evaluate(m, data, split)["accuracy"]})  # type: ignore[misc]
-        rows.append({"phase": phase.kind, "as": phase.as_, f"{split}_accuracy": row["accuracy"]})
-        log.info("phase %d of %d (%s): %s accuracy %.4f", i + 1, len(recipe.phases), phase.kind, split, row["accuracy"])
-    tested = evaluate(model, data, "test")["accuracy"]
+        row = journal.once(key, lambda m=model, d=data: {score: evaluate(m, d, split)[score]})  # type: ignore[misc]
+        rows.append({"phase": phase.kind, "as": phase.as_, f"{split}_{score}": row[score]})
+        log.info("phase %d of %d (%s): %s %s %.4f", i + 1, len(recipe.phases), phase.kind, split, score, row[score])
+    tested = evaluate(model, data, "test")[score]
     artifact.save(model, out, spec=data.spec, labels=data.class_names, metrics={"test": tested})
-    result: dict[str, Any] = {"phases": rows, "accuracy": tested, "files": [str(out), *files], "budget": None}
-    if files:
+    result: dict[str, Any] = {"phases": rows, score: tested, "files": [str(out), *files], "budget": None}
+    if single := [file for file in files if file.endswith(".onnx")]:
         budget = Budget(recipe.budget) if recipe.budget else Budget("size<=1GB")
-        result["cost"] = measured(Path(files[-1]), budget)
+        result["cost"] = measured(Path(single[-1]), budget)
         if recipe.budget:
-            verdict = budget.check({**result["cost"], "accuracy": tested})
+            verdict = budget.check({**result["cost"], score: tested})
             result["budget"] = {"text": recipe.budget, "met": verdict.ok, "rows": [asdict(r) for r in verdict.rows]}
     elif recipe.budget:
-        raise RecipeError("a budget is checked on the exported file; add an export phase")
+        raise RecipeError("a budget is checked on the exported file; add an export phase of one file")
     write_text(out / "result.json", json.dumps(result, indent=1))
     return result
+
+
+def _export(phase: Phase, model: nn.Module, data: Data, out: Path, named: dict[str, Path]) -> Path:
+    """One file; with `memory` a folder of patches, with `second` one of two networks."""
+    given = dict(phase.export or {})
+    if "memory" in given:
+        return deploy.mcunetv2(model, data, **given).save(out / "patches")
+    if "second" in given:
+        second = given.pop("second")
+        return deploy.dual_cnn({"first": model, second: load(named[second])}, data, **given).save(out / "pair")
+    return deploy.export(model, out / "model.onnx", data=data, **given).path
 
 
 def _start(recipe: Recipe, data: Data) -> nn.Module:
@@ -176,12 +205,13 @@ def _start(recipe: Recipe, data: Data) -> nn.Module:
     name = given.pop("name")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        return create_model(name, num_classes=data.num_classes, in_chans=data.in_chans, img_size=data.size, **given)
+        return create_model(name, **{**shape_for(data), **given})
 
 
 def _train(phase: Phase, model: nn.Module, data: Data, folder: Path, named: dict[str, Path], seed: int) -> nn.Module:
     given = dict(phase.train or {})
-    objective = _objective(given.pop("objective", "classify"), set(named), lambda name: load(named[name]))
+    said = given.pop("objective", None)
+    objective = _objective(said, set(named), lambda name: load(named[name])) if said is not None else None
     return fit(model, data, objective, out=folder.with_name(folder.name + ".training"), **{"seed": seed, **given}).model
 
 
@@ -201,6 +231,23 @@ def _search(phase: Phase, model: nn.Module, data: Data, folder: Path, seed: int)
     tested = evaluate(small, data, "test")["accuracy"]
     searched.write(found, small, data, folder, method=method, tested=tested, command="", seed=seed)
     return small
+
+
+def _adapt(phase: Phase, model: nn.Module, data: Data, folder: Path, seed: int) -> nn.Module:
+    """The model after the last task of the stream; what was measured on the way is in the phase's folder."""
+    given = {"method": "nmc", "seed": seed, **(phase.adapt or {})}
+    done = adaptations.run(given.pop("method"), model, data, out=folder.with_name(folder.name + ".training"), **given)
+    if done.data is not data:
+        raise RecipeError("phases of a recipe have all classes of the data; hold_out is for the command line")
+    write_text(folder / "result.json", json.dumps(done.report, indent=1))
+    return done.model
+
+
+def _curate(phase: Phase, model: nn.Module, data: Data, folder: Path, seed: int) -> Data:
+    """What later phases learn from; the model's features or labels decide."""
+    given = {"method": "concept_pruning", **(phase.curate or {})}
+    given |= {"seed": seed, **given} if given["method"] == "concept_pruning" else {}
+    return curation.run(given.pop("method"), data, model, folder, **given)
 
 
 def _check(given: dict[str, Any], check: Callable[[str, dict[str, Any]], None], usual: str, where: str) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from trimtab.models.classify.dcls import dcls
     from trimtab.models.classify.ulsam import ulsam
     from trimtab.models.classify.unireplknet import unireplknet
+    from trimtab.models.restore.espcn import deconvolution
 
 _WHERE = {
     "ChannelGraph": "graph",
@@ -36,9 +37,11 @@ _WHERE = {
     "tucker": "factorize.convs",
     "cp": "factorize.convs",
     "precropping": "prune.precropping",
+    "entropic_student": "trimtab.deploy.entropic_student",
     "ulsam": "trimtab.models.classify.ulsam",
     "dcls": "trimtab.models.classify.dcls",
     "unireplknet": "trimtab.models.classify.unireplknet",
+    "deconvolution": "trimtab.models.restore.espcn",
     "merge": "merging",
     "analyze": None,
 }
@@ -57,6 +60,8 @@ __all__ = [
     "ulsam",
     "dcls",
     "unireplknet",
+    "entropic_student",
+    "deconvolution",
     "merge",
 ]
 

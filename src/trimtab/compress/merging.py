@@ -8,15 +8,13 @@ eval mode, so a merged model may be trained on, but no longer has them.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from trimtab.core.edit import Edit, Remove, Replace, apply
+from trimtab.core.edit import Edit
 from trimtab.core.errors import SurgeryError
-from trimtab.nn.merge import Mergeable, Plain
+from trimtab.nn.merge import Mergeable, Plain, edits_of, put
 
 
 def merge(model: nn.Module, data: Any = None) -> nn.Module:
@@ -33,18 +31,12 @@ def merge(model: nn.Module, data: Any = None) -> nn.Module:
     >>> sum(p.numel() for p in net.parameters()), sum(p.numel() for p in merge(net).parameters())
     (845884, 824596)
     """
-    found = _find(model)
-    with torch.random.fork_rng(devices=[]):  # the weights of new layers are drawn, then filled in
-        small = apply(copy.deepcopy(model), _edits(found))
-    state = small.state_dict(keep_vars=True)
-    for name, value in _tensors(found).items():
-        state[name].data = value  # of the type it had: `apply` makes float32 layers
-    return small
+    return put(model, _find(model))
 
 
 def plan(model: nn.Module, data: Any = None) -> list[Edit]:
     """The edits that `merge` applies; arguments as there."""
-    return _edits(_find(model))
+    return edits_of(_find(model))
 
 
 def _find(model: nn.Module) -> dict[str, Plain | None]:
@@ -62,11 +54,3 @@ def _find(model: nn.Module) -> dict[str, Plain | None]:
     if not found:
         raise SurgeryError(f"{type(model).__name__} has no layers to merge, or they are merged already")
     return found
-
-
-def _edits(found: dict[str, Plain | None]) -> list[Edit]:
-    return [Remove(name) if p is None else Replace(name, p.path, p.kwargs) for name, p in found.items()]
-
-
-def _tensors(found: dict[str, Plain | None]) -> dict[str, Tensor]:
-    return {f"{name}.{leaf}": t for name, p in found.items() if p is not None for leaf, t in p.tensors.items()}

@@ -13,6 +13,8 @@ from torch import nn
 from trimtab.core import options as options_of
 from trimtab.learn import options as training
 
+SAME_FUNCTION = ("merge", "deconvolution")  # what they give computes the same: there is nothing to train afterwards
+
 
 def names() -> list[str]:
     """All methods.

@@ -12,7 +12,6 @@ import json
 import os
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from trimtab.core import edit
 from trimtab.core.errors import ArtifactError, EditError
+from trimtab.core.spec import InputSpec
 
 SCHEMA = 1
 WEIGHTS, MANIFEST = "model.safetensors", "trimtab.json"
@@ -39,34 +39,6 @@ FORBIDDEN_KWARGS = frozenset(
         "features_only",
     ]
 )
-
-
-@dataclass(frozen=True)
-class InputSpec:
-    """What a model eats: `size` (C, H, W) in pixels, and the mean and standard deviation that normalise 0..1 values."""
-
-    size: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    task: str = "classify"
-
-    def __post_init__(self) -> None:
-        size, mean, std = (tuple(v) for v in (self.size, self.mean, self.std))
-        if len(size) != 3 or not all(isinstance(v, int) and 1 <= v <= 2**16 for v in size):
-            raise ValueError(f"size must be (C, H, W), each 1 to 65536, got {size}")
-        if len(mean) != size[0] or len(std) != size[0] or not all(s > 0 for s in std):
-            raise ValueError(f"mean and std need {size[0]} numbers, std positive, got {mean} and {std}")
-        for name, value in (("size", size), ("mean", mean), ("std", std)):
-            object.__setattr__(self, name, value)
-
-    def to_json(self) -> dict[str, Any]:
-        return {"size": list(self.size), "mean": list(self.mean), "std": list(self.std), "task": self.task}
-
-    @classmethod
-    def from_json(cls, d: Mapping[str, Any]) -> InputSpec:
-        return cls(
-            tuple(d["size"]), tuple(map(float, d["mean"])), tuple(map(float, d["std"])), d.get("task", "classify")
-        )
 
 
 class Manifest(BaseModel):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
 
@@ -37,3 +38,16 @@ def lazy(package: str, where: Mapping[str, str | None]) -> tuple[Callable[[str],
         return sorted({*vars(sys.modules[package]), *where})
 
     return getattribute, directory
+
+
+def callable_package(package: str, function: str) -> None:
+    """Let a module be called as the function in it that has its name.
+
+    Importing `trimtab.room.system` puts the module into `trimtab.room`, where `room.system(...)` is to work as before.
+    """
+
+    class CallablePackage(ModuleType):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return getattr(self, function)(*args, **kwargs)
+
+    sys.modules[package].__class__ = CallablePackage

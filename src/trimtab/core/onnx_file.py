@@ -73,9 +73,16 @@ def read_onnx(path: str | os.PathLike[str]) -> onnx.ModelProto:
 
 
 def open_session(
-    source: str | os.PathLike[str] | bytes, *, threads: int = 1, optimize: bool = True, save: Path | None = None
+    source: str | os.PathLike[str] | bytes,
+    *,
+    threads: int = 1,
+    optimize: bool = True,
+    save: Path | None = None,
+    arena: bool = True,
 ) -> onnxruntime.InferenceSession:
     """A CPU session of ONNX Runtime with a fixed number of threads.
+
+    Without its arena, a session gives the memory of activations back as soon as they are dead.
 
     Raises:
         ArtifactError: when ONNX Runtime does not accept the model.
@@ -87,6 +94,7 @@ def open_session(
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 4
+    options.enable_cpu_mem_arena = arena
     levels = ort.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
     if save is not None:

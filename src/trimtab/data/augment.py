@@ -8,7 +8,7 @@ slice of the numbers that the whole batch was given, and two cores are not starv
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,13 @@ class Step:
     def apply(self, images: Tensor, draws: Draws, fill: Tensor) -> Tensor:
         """fill: (C, 1, 1) in 0..255, the mean colour of the data."""
         raise NotImplementedError
+
+    def box(self, n: int, size: tuple[int, int], draws: Draws) -> Tensor | None:
+        """What the step shows of its input: (n, 4) as x1, y1, x2, y2 in units of the sides, x1 > x2 where mirrored.
+
+        None: no box can say it.
+        """
+        return None
 
 
 class CropFlip(Step):
@@ -53,6 +60,10 @@ class CropFlip(Step):
         if images.device.type == "cpu":
             return torch.from_numpy(_slices(images.numpy(), pad, corner.tolist(), flip.tolist()))
         return _windows(images, pad, corner, flip)
+
+    def box(self, n: int, size: tuple[int, int], draws: Draws) -> Tensor | None:
+        corner = draws["shift"].flip(1) / torch.tensor([size[1], size[0]])
+        return _mirrored(torch.cat([corner, corner + 1], 1), draws["flip"])
 
     def _pad(self, size: tuple[int, int]) -> int:
         return max(1, round(min(size) / 8)) if self.pad is None else self.pad
@@ -99,6 +110,11 @@ class ResizedCrop(Step):
         grid = _grid((gx + left) * 2 / w - 1, (gy + top) * 2 / h - 1)
         return F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
 
+    def box(self, n: int, size: tuple[int, int], draws: Draws) -> Tensor | None:
+        top, left, tall, wide = draws["box"].float().unbind(1)
+        h, w = size
+        return _mirrored(torch.stack([left / w, top / h, (left + wide) / w, (top + tall) / h], 1), draws["flip"])
+
 
 class Cutout(Step):
     """Paint a square of the mean colour somewhere, also over the edge (DeVries & Taylor 2017).
@@ -124,6 +140,9 @@ class Cutout(Step):
         y, x = torch.arange(h, device=images.device), torch.arange(w, device=images.device)
         inside = ((y >= top) & (y < bottom))[:, None, :, None] & ((x >= left) & (x < right))[:, None, None, :]
         return torch.where(inside, fill.to(images.dtype), images)
+
+    def box(self, n: int, size: tuple[int, int], draws: Draws) -> Tensor | None:
+        return _WHOLE.expand(n, 4)
 
 
 class RandomOps(Step):
@@ -254,6 +273,20 @@ class Augment:
             images = step.apply(images, {k: v.to(images.device) for k, v in numbers.items()}, fill)
         return images
 
+    def crop_box(self, n: int, size: tuple[int, int], draws: Sequence[Draws]) -> Tensor | None:
+        """What part of the original images is shown: (n, 4) as x1, y1, x2, y2 in units of its sides.
+
+        None where a step moves pixels in a way that no box says. Shifts may reach beyond 0..1.
+        """
+        whole = _WHOLE.expand(n, 4)
+        for step, numbers in zip(self.steps, draws, strict=True):
+            box = step.box(n, size, numbers)
+            if box is None:
+                return None
+            start, side = whole[:, :2].repeat(1, 2), (whole[:, 2:] - whole[:, :2]).repeat(1, 2)
+            whole = start + side * box
+        return torch.cat([whole[:, :2].minimum(whole[:, 2:]), whole[:, :2].maximum(whole[:, 2:])], 1)
+
     def __call__(self, images: Tensor, generator: torch.Generator, fill: Tensor | None = None) -> Tensor:
         return self.apply(images, self.draw(len(images), (images.shape[2], images.shape[3]), generator), fill)
 
@@ -275,21 +308,38 @@ def parse_augment(text: str) -> Augment:
         words[words.index("crop")] = "crop_flip"
         words.remove("flip")
     steps: list[Step] = []
-    for word in words:
-        name, _, number = word.partition("=")
-        value: float | None = None
-        if number:
-            try:
-                value = float(number)
-            except ValueError:
-                raise ValueError(f"augment: {name!r} takes a number, got {number!r}") from None
-        if name not in _STEPS:
-            raise ValueError(f"augment must be made of {', '.join(_STEPS)} joined by '+', or 'auto', got {text!r}")
+    for name, value in read_words(words, _STEPS):
         if name == "flip" and steps and isinstance(steps[-1], ResizedCrop):
             steps[-1].flip = True
         elif name != "none":
             steps.append(_STEPS[name](value))
     return Augment(steps, "+".join(words))
+
+
+def read_words(words: Sequence[str], known: Collection[str]) -> list[tuple[str, float | None]]:
+    """Names and numbers of words like "crop=4".
+
+    Raises:
+        ValueError: a name is not among those known, or a number is none.
+    """
+    out: list[tuple[str, float | None]] = []
+    for word in words:
+        name, _, number = word.partition("=")
+        try:
+            out.append((name, float(number) if number else None))
+        except ValueError:
+            raise ValueError(f"augment: {name!r} takes a number, got {number!r}") from None
+        if name not in known:
+            text = "+".join(words)
+            raise ValueError(f"augment must be made of {', '.join(known)} joined by '+', or 'auto', got {text!r}")
+    return out
+
+
+_WHOLE = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+
+
+def _mirrored(box: Tensor, flip: Tensor) -> Tensor:
+    return torch.where(flip[:, None], box[:, [2, 1, 0, 3]], box)
 
 
 def _whole(value: float | None) -> int | None:

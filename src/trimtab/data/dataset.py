@@ -12,8 +12,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -39,14 +40,21 @@ class Split:
         labels: int64 (N,).
         names: what each image is called in its source.
         mapped: the tensor is a file mapped into memory.
+        targets: what else belongs to each image (masks, boxes); has `take`.
     """
 
     def __init__(
-        self, images: Images, labels: Tensor, names: Sequence[str] | None = None, *, mapped: bool = False
+        self,
+        images: Images,
+        labels: Tensor,
+        names: Sequence[str] | None = None,
+        *,
+        mapped: bool = False,
+        targets: Any = None,
     ) -> None:
         if len(images) != len(labels):
             raise ValueError(f"images and labels must be equally many, got {len(images)} and {len(labels)}")
-        self.images, self.labels, self.mapped = images, labels, mapped
+        self.images, self.labels, self.mapped, self.targets = images, labels, mapped, targets
         self.names = names if names is not None else [str(i) for i in range(len(labels))]
 
     def __len__(self) -> int:
@@ -63,11 +71,16 @@ class Split:
         x = self.pixels(torch.tensor([i % len(self)]))[0].numpy()
         return Image.fromarray(x[0] if len(x) == 1 else np.ascontiguousarray(x.transpose(1, 2, 0)))
 
+    def at(self, epoch: int) -> Split:
+        """The split in an epoch; only made images are others each time."""
+        return self
+
     def take(self, rows: Tensor) -> Split:
         """Only these rows; images in memory are copied, others are not."""
         in_memory = isinstance(self.images, Tensor) and not self.mapped
         images = self.images[rows] if in_memory else View(self.images, rows)
-        return Split(images, self.labels[rows], [self.names[i] for i in rows.tolist()])
+        targets = None if self.targets is None else self.targets.take(rows)
+        return Split(images, self.labels[rows], [self.names[i] for i in rows.tolist()], targets=targets)
 
     def counts(self, num_classes: int) -> list[int]:
         return torch.bincount(self.labels, minlength=num_classes).tolist()
@@ -196,7 +209,7 @@ class Data:
         shuffle = split == "train" if shuffle is None else shuffle
         if drop_last is None:
             drop_last = shuffle and len(self.splits[split]) >= batch_size
-        return Loader(
+        return self._loader(
             self.splits[split], batch_size=batch_size, mean=self.mean, std=self.std, shuffle=shuffle,
             augment=self._augment(augment), seed=seed, epoch=epoch, drop_last=drop_last, rank=rank, world=world,
             device=device, skip=skip, raw=raw,
@@ -227,10 +240,20 @@ class Data:
             whole = parts[split]
             if n < len(whole):
                 parts[split] = whole.take(torch.from_numpy(dividing.choose(whole.labels.numpy(), n, seed)))
-        return Data(
-            self.name, parts, self.class_names,
-            mean=self.mean, std=self.std, warnings=self.warnings, skipped=self.skipped,
-        )  # fmt: skip
+        return self.like(splits=parts)
+
+    def like(
+        self,
+        *,
+        splits: Mapping[str, Split] | None = None,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+    ) -> Self:
+        """The same data with other splits, or normalised in another way."""
+        other = copy.copy(self)
+        other.splits = dict(self.splits if splits is None else splits)
+        other.mean, other.std = mean or self.mean, std or self.std
+        return other
 
     def summary(self) -> dict[str, Any]:
         """Plain values, as in the report and in run.json."""
@@ -245,9 +268,13 @@ class Data:
     def __repr__(self) -> str:
         counts = ", ".join(f"{k} {len(v)}" for k, v in self.splits.items())
         kind = "grey" if self.in_chans == 1 else "colour"
-        return f"Data({self.name}: {self.num_classes} classes, {self.size[1]}x{self.size[0]} {kind}, {counts})"
+        classes = f"{self.num_classes} classes, " if self.num_classes else ""
+        return f"{type(self).__name__}({self.name}: {classes}{self.size[1]}x{self.size[0]} {kind}, {counts})"
 
-    def _augment(self, augment: str | Callable[[Tensor, torch.Generator], Tensor] | Augment | None) -> Augment:
+    def _loader(self, split: Split, **options: Any) -> Loader:
+        return Loader(split, **options)
+
+    def _augment(self, augment: Any) -> Any:
         if isinstance(augment, Augment):
             return augment
         if augment is None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from trimtab.core.errors import DataError
 from trimtab.core.files import replacing, write_text
 from trimtab.core.log import progress_wanted
-from trimtab.data.images import GREY_MODES, Unreadable, open_image, to_pixels, upright_size
+from trimtab.data.images import GREY_MODES, Unreadable, open_image, to_mask, to_pixels, upright_size
 from trimtab.data.sources import Items
 
 _VERSION = 1  # of the pixels: raise it when `to_pixels` changes what it gives
@@ -54,7 +54,7 @@ class Lazy:
         def one(job: tuple[int, int]) -> None:
             place, i = job
             try:
-                out[place] = to_pixels(open_image(self.items.read(i)), self.size, self.in_chans)
+                out[place] = read_pixels(self.items, i, self.size, self.in_chans)
             except (Unreadable, OSError) as e:  # it could be read when the data was loaded
                 raise DataError(f"{self.items.names[i]} can no longer be read: {e}") from e
 
@@ -138,6 +138,18 @@ def look(splits: dict[str, Items], *, sample: int = 1000) -> tuple[list[tuple[in
     return sizes, grey and bool(sizes)
 
 
+def read_pixels(items: Items, i: int, size: tuple[int, int], in_chans: int) -> np.ndarray:
+    """Item i as uint8 (C, H, W); the targets of masks are their pictures.
+
+    Raises:
+        Unreadable: or OSError.
+    """
+    image = open_image(items.read(i))
+    if items.fit == "mask":
+        return to_mask(image, size, upright_size(open_image(items.targets.read(i))))
+    return to_pixels(image, size, in_chans, stretch=items.fit == "stretch")
+
+
 def decode(
     items: Items, size: tuple[int, int], in_chans: int, out: np.ndarray | None, step: Callable[[int], None]
 ) -> Skipped:
@@ -154,7 +166,7 @@ def decode(
 
     def one(i: int) -> str | None:
         try:
-            got = to_pixels(open_image(items.read(i)), size, in_chans)
+            got = read_pixels(items, i, size, in_chans)
             if out is not None:
                 out[i] = got
         except Unreadable as e:
@@ -249,6 +261,8 @@ def _on_disk(
     shape = (len(items), in_chans, *size)
     h = hashlib.blake2b(repr((_VERSION, shape)).encode(), digest_size=16)
     h.update(items.reader.stamp().encode(errors="replace"))
+    if items.fit != "cover":
+        h.update(items.fit.encode())
     h.update(np.ascontiguousarray(items.rows).tobytes())
     data, note = folder / f"{h.hexdigest()}.u8", folder / f"{h.hexdigest()}.json"
     skipped = _read_note(note, data, int(np.prod(shape))) if items.reader.stamp() else None

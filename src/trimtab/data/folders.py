@@ -78,11 +78,34 @@ class Members:
         return f"{self.path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
 
 
+def files(root: Path) -> Files:
+    """The images below `root`."""
+    names, _, sizes, times = _walk(root)
+    keep = [i for i, name in enumerate(names) if _is_image(name)]
+    return Files(root, [names[i] for i in keep], [sizes[i] for i in keep], [times[i] for i in keep])
+
+
+def split_folders(root: Path, *, need_train: bool = True) -> dict[str, Path]:
+    """The folder of each split: train/, val/ and test/ where there is a train/, otherwise `root` for train.
+
+    need_train: False takes val/ and test/ without a train/ for splits, too.
+
+    Raises:
+        DataError: two folders for one split.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted(p for p in root.iterdir() if p.is_dir() and p.name.lower() in SPLITS):
+        split = SPLITS[path.name.lower()]
+        if split in found:
+            raise DataError(f"{root} has two folders for {split}: {found[split].name}/ and {path.name}/")
+        found[split] = path
+    return found if "train" in found or (found and not need_train) else {"train": root}
+
+
 def from_folder(root: Path) -> Source:
     """Raises DataError when `root` is not laid out in class folders."""
-    names, folders, sizes, times = _walk(root)
-    keep = [i for i, name in enumerate(names) if _is_image(name)]
-    reader = Files(root, [names[i] for i in keep], [sizes[i] for i in keep], [times[i] for i in keep])
+    names, folders, _, _ = _walk(root)
+    reader = files(root)
     return _source(root.resolve().name or str(root), str(root), reader, reader.names, folders, names)
 
 

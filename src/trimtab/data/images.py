@@ -26,12 +26,17 @@ ENDINGS = frozenset(
     + (".pnm", ".ico", ".tga", ".jp2", ".avif")
 )
 GREY_MODES = frozenset(("1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"))
+VOID = 255  # in masks and labels: the class of pixels that neither a loss nor a metric counts
 MAX_PIXELS = 80_000_000  # per image, looked up in the header before any pixel is decoded
 MAX_FILE_BYTES = 256 * 2**20
 
 
 class Unreadable(Exception):
     """This one image cannot be used; the message says why."""
+
+
+class TooManyPixels(Unreadable):
+    """More than `MAX_PIXELS`, by its header."""
 
 
 def open_image(source: str | os.PathLike[str] | bytes | Image.Image) -> Image.Image:
@@ -55,11 +60,11 @@ def open_image(source: str | os.PathLike[str] | bytes | Image.Image) -> Image.Im
     except Unreadable:
         raise
     except Image.DecompressionBombError as e:
-        raise Unreadable(f"too many pixels (limit {MAX_PIXELS / 1e6:.0f} million)") from e
+        raise TooManyPixels(f"too many pixels (limit {MAX_PIXELS / 1e6:.0f} million)") from e
     except Exception as e:  # decoders raise nearly anything on hostile bytes
         raise Unreadable(_reason(e)) from e
     if image.width * image.height > MAX_PIXELS:
-        raise Unreadable(f"{image.width}x{image.height} has too many pixels (limit {MAX_PIXELS / 1e6:.0f} million)")
+        raise TooManyPixels(f"{image.width}x{image.height} has too many pixels (limit {MAX_PIXELS / 1e6:.0f} million)")
     return image
 
 
@@ -77,8 +82,12 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     return (w, h) if turned else (h, w)
 
 
-def to_pixels(image: Image.Image, size: tuple[int, int], in_chans: int, *, draft: bool = True) -> np.ndarray:
+def to_pixels(
+    image: Image.Image, size: tuple[int, int], in_chans: int, *, draft: bool = True, stretch: bool = False
+) -> np.ndarray:
     """Bring an open image to uint8 (C, H, W). draft: a JPEG may be opened smaller, which changes `image` itself.
+
+    stretch: to the size as a whole, where nothing may be cut off.
 
     Transparent pixels are laid over white; 16-bit values are scaled by their full range; colours become grey by
     luma when in_chans is 1, grey is repeated when it is 3.
@@ -97,7 +106,7 @@ def to_pixels(image: Image.Image, size: tuple[int, int], in_chans: int, *, draft
         w, h = image.size
         if (h, w) != (height, width):
             scale = min(w / width, h / height)
-            cw, ch = width * scale, height * scale
+            cw, ch = (w, h) if stretch else (width * scale, height * scale)
             left, top = (w - cw) / 2, (h - ch) / 2
             image = image.resize(
                 (width, height), Image.Resampling.BILINEAR, box=(left, top, left + cw, top + ch), reducing_gap=3.0
@@ -108,8 +117,37 @@ def to_pixels(image: Image.Image, size: tuple[int, int], in_chans: int, *, draft
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
+def to_mask(image: Image.Image, size: tuple[int, int], of: tuple[int, int]) -> np.ndarray:
+    """Bring an open mask to uint8 (1, H, W): class indices, the nearest one for each pixel.
+
+    of: (H, W) of the picture that it belongs to, which it must have too.
+
+    Raises:
+        Unreadable: when it has another size, or colours instead of indices.
+    """
+    try:
+        turned = _upright(image) if _has_exif(image) else image
+        turned.load()
+    except Exception as e:  # decoders raise nearly anything on hostile bytes
+        raise Unreadable(_reason(e)) from e
+    values = np.asarray(turned)
+    if values.shape[:2] != tuple(of):
+        raise Unreadable(f"the mask is {values.shape[1]}x{values.shape[0]}, its picture {of[1]}x{of[0]} pixels")
+    if values.ndim == 3:
+        if (values[..., :3] != values[..., :1]).any():
+            raise Unreadable(f"a mask must hold class indices (grey or palette), got colours ({turned.mode})")
+        values = values[..., 0]
+    if values.dtype != np.uint8 and values.size and (values.min() < 0 or values.max() > 255):
+        raise Unreadable(f"class indices must be 0 to 255, got {values.min()} to {values.max()}")
+    small = Image.fromarray(values.astype(np.uint8)).resize((size[1], size[0]), Image.Resampling.NEAREST)
+    return np.asarray(small)[None]
+
+
 def preprocess(image: Any, spec: InputSpec) -> np.ndarray:
     """What a model made for `spec` is fed: float32 (C, H, W), the same geometry and numbers as in training.
+
+    Classifiers see the largest centred box; pictures that are segmented or searched for objects are stretched, so that
+    nothing is cut off; pictures that are restored keep their size, and one channel of them is luma.
 
     Args:
         image: a path, encoded bytes, a PIL image, or a uint8 array (H, W) or (H, W, C).
@@ -131,12 +169,30 @@ def preprocess(image: Any, spec: InputSpec) -> np.ndarray:
         if isinstance(image, np.ndarray):
             image = Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image)
         theirs = isinstance(image, Image.Image)
-        pixels = to_pixels(open_image(image), (height, width), channels, draft=not theirs)
+        opened = open_image(image)
+        if spec.task == "restore":
+            pixels = picture_pixels(opened, channels)
+        else:
+            stretch = spec.task in ("segment", "detect")
+            pixels = to_pixels(opened, (height, width), channels, draft=not theirs, stretch=stretch)
     except Unreadable as e:
         name = "the image" if isinstance(image, (bytes, Image.Image)) else str(image)
         raise DataError(f"{name} cannot be read: {e}") from e
     scale, shift = affine(spec.mean, spec.std)
     return pixels.astype(np.float32) * scale[:, None, None] + shift[:, None, None]
+
+
+def picture_pixels(image: Image.Image, in_chans: int) -> np.ndarray:
+    """An open image at its own size, uint8 (C, H, W): RGB, or for one channel the studio luma Y of BT.601."""
+    rgb = to_pixels(image, upright_size(image), 3, draft=False)
+    if in_chans == 3:
+        return rgb
+    import torch
+
+    from trimtab.nn.resize import rgb_to_y
+
+    y = rgb_to_y(torch.from_numpy(rgb.copy())[None].float() / 255)
+    return (y[0] * 255).round().to(torch.uint8).numpy()
 
 
 def affine(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:

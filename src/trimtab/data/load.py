@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,11 @@ from trimtab.data.sources import Items, Source, find_source
 TEST_SHARE = 0.2  # of train, when the source has no test split
 MAX_UNREADABLE = 0.05
 LARGEST_DEFAULT = 224  # pixels; larger only when asked for with image_size
+TASKS = ("classify", "segment", "detect", "restore")
+# What `load_data` takes besides, by task.
+LOADING: dict[str, tuple[str, ...]] = {
+    "classify": (), "segment": ("void", "class_names"), "detect": ("box_format",), "restore": ("scale", "patch"),
+}  # fmt: skip
 _IMBALANCE = 4.0  # largest class over smallest from which on it is worth a word
 
 
@@ -29,13 +35,17 @@ def load_data(
     seed: int = 0,
     limit: int | None = None,
     cache: str | os.PathLike[str] = "auto",
+    task: str | None = None,
+    test: float = TEST_SHARE,
+    **options: Any,
 ) -> Data:
-    """Load labelled images.
+    """Load labelled images; or, for another task than classification, pictures with masks, boxes, or nothing.
 
     Args:
-        spec: "digits" (built in), "shapes:classes=4,size=32,n=500" (made), a folder with one folder of images per class
-            or with train/val/test folders of those, a .zip of one, a parquet file or folder in Hugging Face layout,
-            or the name of a dataset of the Hugging Face hub ("owner/name", "hub:name").
+        spec: "digits" (built in), "shapes:classes=4,size=32,n=500" (made), "fractals:classes=1000,size=32" (made
+            without end, see `trimtab.data.fractal_images`), a folder with one folder of images per class or with
+            train/val/test folders of those, a .zip of one, a parquet file or folder in Hugging Face layout, or the name
+            of a dataset of the Hugging Face hub ("owner/name", "hub:name").
         image_size: pixels, or (H, W). None: the size that all images have; if they differ, a square of the median of
             their shorter sides, at most 224.
         in_chans: 1 or 3. None: 1 if all images are grey.
@@ -45,8 +55,14 @@ def load_data(
         cache: how decoded images are kept: "memory", "disk" (memory-mapped file in the cache folder, or in the folder
             given here), "lazy" (decoded again whenever used), or "auto": memory if they fit in a quarter of what is
             free, else disk if there is space, else lazy.
+        task: "classify" (the default), "segment", "detect" or "restore"; `trimtab.data.segment`, `detect` and
+            `restore` say which sources these take.
+        test: share of train that becomes "test" if the source has none; 0 for no test.
+        **options: segment: ``void`` (index, or several, that count as no class, like 255), ``class_names``. detect:
+            ``box_format`` ("xyxy", "xywh", "auto"). restore: ``scale``, ``patch`` (pixels of the low-resolution
+            patches for training).
 
-    Images that cannot be read are left out and listed in ``skipped``.
+    Images that cannot be read, or do not fit their mask or boxes, are left out and listed in ``skipped``.
 
     Raises:
         DataError: when there is nothing to learn from: unknown spec, no labels, a single class, a class in test that
@@ -60,63 +76,119 @@ def load_data(
         raise ValueError(f"in_chans must be 1 or 3, got {in_chans}")
     if not 0 <= val < 1:
         raise ValueError(f"val must be a share from 0 to below 1, got {val}")
+    if not 0 <= test < 1:
+        raise ValueError(f"test must be a share from 0 to below 1, got {test}")
+    if task not in (None, *TASKS):
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+    known = LOADING[task or "classify"]
+    for name in options:
+        if name not in known:
+            takes = f"takes {', '.join(known)}" if known else "takes no more options"
+            raise ValueError(f"task {task or 'classify'!r} {takes}, got {name!r}")
     if limit is not None and limit < 2:
         raise ValueError(f"limit must be at least 2, got {limit}")
     if seed < 0:
         raise ValueError(f"seed must be at least 0, got {seed}")
-    source = find_source(spec)
-    return build(source, image_size=image_size, in_chans=in_chans, val=val, seed=seed, limit=limit, cache=cache)
+    common: dict[str, Any] = {
+        "image_size": image_size, "in_chans": in_chans, "val": val, "test": test, "seed": seed, "limit": limit,
+        "cache": cache,
+    }  # fmt: skip
+    if task == "segment":
+        from trimtab.data import segment
+
+        builder = segment.Builder(**{"void": None, "class_names": None, **options})
+        return build(segment.find(spec), builder, **common)
+    if task == "detect":
+        from trimtab.data import detect
+
+        return build(detect.find(spec), detect.Builder(**options), **common)
+    if task == "restore":
+        from trimtab.data import restore
+
+        return restore.build(restore.find(spec), **common, **options)
+    return build(find_source(spec), **common)
+
+
+class Builder:
+    """What `build` asks of a task; this is classification, whose images have labels and nothing else."""
+
+    def targets(
+        self, source: Source, items: dict[str, Items], size: tuple[int, int], cache: str | os.PathLike[str]
+    ) -> tuple[dict[str, Any], dict[str, Skipped]]:
+        """What else belongs to the images of each split, and the rows where that cannot be used."""
+        return dict.fromkeys(items), {s: [] for s in items}
+
+    def finish(self, source: Source, splits: dict[str, Split], *, warnings: list[str], skipped: list[Any]) -> Data:
+        _check_classes(splits, source, warnings)
+        return Data(source.name, splits, source.class_names, warnings=warnings, skipped=skipped)
 
 
 def build(
     source: Source,
+    builder: Any = None,
     *,
     image_size: tuple[int, int] | None = None,
     in_chans: int | None = None,
     val: float = 0.1,
+    test: float = TEST_SHARE,
     seed: int = 0,
     limit: int | None = None,
     cache: str | os.PathLike[str] = "auto",
 ) -> Data:
     """Check, divide and decode a source; the arguments are those of `load_data`."""
-    if len(source.class_names) < 2:
+    if builder is None and len(source.class_names) < 2:
         raise DataError(f"{source.name} has a single class ({', '.join(source.class_names)}); at least two are needed")
+    if source.make is not None:
+        return source.make(image_size=image_size, in_chans=in_chans, val=val, limit=limit)
+    builder = builder or Builder()
     warnings = list(source.warnings)
-    items = source.splits
-    if limit is not None:
-        items = {s: v.take(dividing.choose(v.labels, limit, seed)) if len(v) > limit else v for s, v in items.items()}
+    items = limited(source.splits, limit, seed)
     sizes, grey = look(items)
     if not sizes:
-        _too_many({s: [(0, _first_reason(i))] for s, i in items.items()}, items, source, always=True)
-    items = _divide(items, val, seed, warnings)
+        too_many({s: [(0, _first_reason(i))] for s, i in items.items()}, items, source, always=True)
+    items = divide(items, val, test, seed, warnings)
     size = image_size or _common_size(sizes, warnings)
     channels = in_chans or (1 if grey else 3)
     images, bad, how = decode_splits(items, size, channels, cache)
-    _too_many(bad, items, source)
+    targets, more = builder.targets(source, items, size, cache)
+    for s in bad:
+        found = {i for i, _ in bad[s]}
+        bad[s] = sorted(bad[s] + [(i, reason) for i, reason in more[s] if i not in found])
+    too_many(bad, items, source)
     splits, skipped = {}, list(source.skipped)
     for s, its in items.items():
-        split = Split(images[s], torch.from_numpy(its.labels), its.names, mapped=how == "disk")
+        split = Split(images[s], torch.from_numpy(its.labels), its.names, mapped=how == "disk", targets=targets[s])
         if bad[s]:
             skipped += [(its.names[i], reason) for i, reason in bad[s]]
             good = np.ones(len(its), bool)
             good[[i for i, _ in bad[s]]] = False
             split = split.take(torch.from_numpy(np.flatnonzero(good)))
         splits[s] = split
+    warn_of(skipped, warnings)
+    return builder.finish(source, splits, warnings=warnings, skipped=skipped)
+
+
+def limited(items: dict[str, Items], limit: int | None, seed: int) -> dict[str, Items]:
+    """At most `limit` items of each split."""
+    if limit is None:
+        return items
+    return {s: v.take(dividing.choose(v.labels, limit, seed)) if len(v) > limit else v for s, v in items.items()}
+
+
+def warn_of(skipped: list[tuple[str, str]], warnings: list[str]) -> None:
     if skipped:
         shown = "; ".join(f"{n}: {r}" for n, r in skipped[:3]) + ("; ..." if len(skipped) > 3 else "")
         warnings.append(f"{len(skipped)} images cannot be used and were left out ({shown})")
-    _check_classes(splits, source, warnings)
-    return Data(source.name, splits, source.class_names, warnings=warnings, skipped=skipped)
 
 
-def _divide(items: dict[str, Items], val: float, seed: int, warnings: list[str]) -> dict[str, Items]:
+def divide(items: dict[str, Items], val: float, test: float, seed: int, warnings: list[str]) -> dict[str, Items]:
     """Make the splits that are missing from train; copies of an image stay together."""
     found = dividing.digests(items)
     warnings += dividing.twin_warnings(items, found)
     train, groups = items["train"], dividing.groups_of(found["train"])
     out = {k: v for k, v in items.items() if k != "train"}
     left = np.arange(len(train))
-    for split, share in (("test", TEST_SHARE), ("val", val)):
+    for split, share in (("test", test), ("val", val)):
         if split in out or share == 0:
             continue
         n = max(1, round(share * len(left)))
@@ -146,7 +218,8 @@ def _common_size(sizes: list[tuple[int, int]], warnings: list[str]) -> tuple[int
     return side, side
 
 
-def _too_many(bad: dict[str, Skipped], items: dict[str, Items], source: Source, always: bool = False) -> None:
+def too_many(bad: dict[str, Skipped], items: dict[str, Items], source: Source, always: bool = False) -> None:
+    """Raises DataError when more images than `MAX_UNREADABLE` cannot be used (always: whatever their number)."""
     total = sum(map(len, items.values())) + len(source.skipped)
     named = source.skipped + [(items[s].names[i], r) for s, rows in bad.items() for i, r in rows]
     if always or len(named) > MAX_UNREADABLE * total:

@@ -24,9 +24,14 @@ _AHEAD = 3  # batches decoded in advance when images are decoded as they are nee
 class Loader:
     """Batches of one epoch of a split: ``{"image": (B, C, H, W), "label": (B,), "index": (B,)}``.
 
+    With them comes ``"crop_box"`` (B, 4), what part of the original is shown: x1, y1, x2, y2 in units of its sides. It
+    is left out where the augmentation moves pixels in another way.
+
     Made by `Data.loader`, which describes the arguments. ``len`` counts the batches it will still give (after `skip`),
     `total` those of the whole epoch.
     """
+
+    in_advance = True  # images that are not in memory are decoded by a thread, a few batches ahead
 
     def __init__(
         self,
@@ -46,7 +51,7 @@ class Loader:
         skip: int,
         raw: bool,
     ) -> None:
-        self.split, self.batch_size, self.augment = split, batch_size, augment
+        self.split, self.batch_size, self.augment = split.at(epoch), batch_size, augment
         self.seed, self.epoch, self.rank, self.world, self.skip, self.raw = seed, epoch, rank, world, skip, raw
         self.device = torch.device(device)
         n = len(split)
@@ -59,7 +64,7 @@ class Loader:
         return max(0, self.total - self.skip)
 
     def __iter__(self) -> Iterator[Batch]:
-        if isinstance(self.split.images, Tensor):
+        if not self.in_advance or isinstance(self.split.images, Tensor):
             for k in range(self.skip, self.total):
                 yield self.batch(k)
             return
@@ -76,11 +81,16 @@ class Loader:
                 for future in waiting:
                     future.cancel()
 
-    def batch(self, k: int) -> Batch:
-        """Batch k of the epoch; with several processes, this rank's slice of it."""
+    def rows(self, k: int) -> tuple[Tensor, slice]:
+        """The rows of batch k, and which of them are this rank's."""
         whole = self.order[k * self.batch_size : (k + 1) * self.batch_size]
         b = len(whole)
-        mine = slice(b * self.rank // self.world, b * (self.rank + 1) // self.world)
+        return whole, slice(b * self.rank // self.world, b * (self.rank + 1) // self.world)
+
+    def batch(self, k: int) -> Batch:
+        """Batch k of the epoch; with several processes, this rank's slice of it."""
+        whole, mine = self.rows(k)
+        b = len(whole)
         need = slice(0, b) if self.augment.whole_batch else mine
         rows = whole[need]
         images = self.split.pixels(rows)
@@ -88,8 +98,9 @@ class Loader:
             images = images.pin_memory().to(self.device, non_blocking=True)
         else:
             images = images.to(self.device)
+        size, draws = (images.shape[2], images.shape[3]), []
         if self.augment.steps:
-            draws = self.augment.draw(b, (images.shape[2], images.shape[3]), _generator(self.seed, self.epoch, k))
+            draws = self.augment.draw(b, size, _generator(self.seed, self.epoch, k))
             images = self.augment.apply(images, [{n: v[need] for n, v in d.items()} for d in draws], self._fill)
         if need is not mine:
             images, rows = images[mine], rows[mine]
@@ -97,7 +108,9 @@ class Loader:
             images = normalise(images, self.mean, self.std)
         elif images.dtype != torch.uint8:
             images = images.clamp(0, 255).round().to(torch.uint8)
-        return {"image": images, "label": self.split.labels[rows].to(self.device), "index": rows.to(self.device)}
+        batch = {"image": images, "label": self.split.labels[rows].to(self.device), "index": rows.to(self.device)}
+        box = self.augment.crop_box(b, size, draws)
+        return batch if box is None else batch | {"crop_box": box[mine].to(self.device)}
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

@@ -8,6 +8,8 @@ import re
 import socket
 import threading
 from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -41,39 +43,112 @@ def from_parquet(path: Path) -> Source:
     Raises:
         DataError: when there is no image or no label column, or a file is damaged.
     """
+    found, warnings = tables(path)
+    columns: tuple[str, str] | None = None
+    readers, raw, names, class_names = {}, {}, {}, None
+    for split, table in found.items():
+        image, label = columns = columns or _columns(str(path), list(table.types), table.types, table.features)
+        raw[split] = table.values(label, beside=image)
+        readers[split] = _Rows(table.paths, image)
+        names[split] = table.row_names(readers[split])
+        class_names = class_names or _class_names(table.features, label)
+    return _source(name_of(path), readers, names, raw, class_names, warnings)
+
+
+def name_of(path: Path) -> str:
+    """What a data set of parquet files is called."""
+    return path.stem if path.is_file() else path.resolve().name
+
+
+@dataclass
+class Table:
+    """The parquet files of one split: columns with their types (in words) and Hugging Face features."""
+
+    where: str
+    split: str
+    paths: list[Path]
+    types: dict[str, str]
+    features: dict[str, Any]
+
+    def values(self, column: str, *, beside: str | None = None) -> list[Any]:
+        """A column as plain values; every file must have it, and `beside`."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        values: list[Any] = []
+        try:
+            for p in self.paths:
+                file = pq.ParquetFile(p)
+                if not {beside or column, column} <= set(file.schema_arrow.names):
+                    words = f"columns {beside!r} and {column!r}" if beside else f"column {column!r}"
+                    raise DataError(f"{p} has no {words}, unlike {self.paths[0].name}")
+                values += file.read(columns=[column]).column(0).to_pylist()
+        except (pa.ArrowException, OSError) as e:
+            raise self._damaged(e) from e
+        return values
+
+    def pictures(self, taken: Sequence[str] = ()) -> Items:
+        """The image column, stretched when decoded. taken: columns of images that are something else."""
+        column = self.column("image", [n for n in _images(self.types, self.features) if n not in taken])
+        reader = self.reader(column)
+        count = sum(reader.lengths)
+        return Items(reader, np.arange(count), np.zeros(count, np.int64), self.row_names(reader), "stretch")
+
+    def reader(self, column: str) -> _Rows:
+        """Encoded images of a column, which every file must have."""
+        reader = _Rows(self.paths, column)
+        for p, file in zip(self.paths, reader.files, strict=True):
+            if column not in file.schema_arrow.names:
+                raise DataError(f"{p} has no column {column!r}, unlike {self.paths[0].name}")
+        return reader
+
+    def column(self, what: str, candidates: Sequence[str]) -> str:
+        """The first of the candidates that there is."""
+        for name in candidates:
+            if name in self.types:
+                return name
+        raise DataError(f"{self.where} has no {what} column; columns: {', '.join(self.types)}")
+
+    def class_names(self, column: str) -> list[str]:
+        """Of a column, or of the ``category`` in it; empty where the features do not say."""
+        feature = self.features.get(column) or {}
+        inner = feature.get("category", feature) if isinstance(feature, dict) else {}
+        inner = inner.get("feature", inner) if isinstance(inner, dict) else {}
+        return _class_names({column: inner}, column) or []
+
+    def row_names(self, reader: _Rows) -> list[str]:
+        return [f"{p.name} row {i}" for p, n in zip(reader.paths, reader.lengths) for i in range(n)]
+
+    def _damaged(self, e: Exception) -> DataError:
+        return DataError(f"{self.where} has a damaged parquet file for {self.split}: {str(e)[:160]}")
+
+
+def tables(path: Path, *, need_train: bool = True) -> tuple[dict[str, Table], list[str]]:
+    """The splits of a parquet file or a folder of them, and what is odd about the files.
+
+    Raises:
+        DataError: when there are none for train, several data sets, or a file is damaged.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     files = {"train": [path]} if path.is_file() else parquet_files(path)
-    if "train" not in files:
+    if need_train and "train" not in files:
         raise DataError(f"{path} has parquet files for {' and '.join(files)} but none for train")
     configs = {p.parent.parent if p.parent.name.lower() in SPLITS else p.parent for fs in files.values() for p in fs}
     if len(configs) > 1:
         choices = ", ".join(sorted(str(c.relative_to(path)) for c in configs)[:5])
         raise DataError(f"{path} holds several datasets; give one of its folders: {choices}")
-    warnings = [w for fs in files.values() for w in _missing_shards(fs)]
-    columns: tuple[str, str] | None = None
-    readers, raw, class_names = {}, {}, None
+    out = {}
     for split, paths in files.items():
+        table = out[split] = Table(str(path), split, paths, {}, {})
         try:
-            opened = [pq.ParquetFile(p) for p in paths]
+            opened = [pq.ParquetFile(p) for p in paths]  # all of them: a damaged one is found now
             schema = opened[0].schema_arrow
-            features = _features(schema.metadata)
-            types = {f.name: str(f.type) for f in schema}
-            image, label = columns = columns or _columns(str(path), schema.names, types, features)
-            labels: list[Any] = []
-            for p, file in zip(paths, opened, strict=True):
-                if not {image, label} <= set(file.schema_arrow.names):
-                    raise DataError(f"{p} has no columns {image!r} and {label!r}, unlike {paths[0].name}")
-                labels += file.read(columns=[label]).column(0).to_pylist()
         except (pa.ArrowException, OSError) as e:
-            raise DataError(f"{path} has a damaged parquet file for {split}: {str(e)[:160]}") from e
-        readers[split] = _Rows(paths, image)
-        raw[split] = labels
-        class_names = class_names or _class_names(features, label)
-    names = {s: [f"{p.name} row {i}" for p, n in zip(r.paths, r.lengths) for i in range(n)] for s, r in readers.items()}
-    name = path.stem if path.is_file() else path.resolve().name
-    return _source(name, readers, names, raw, class_names, warnings)
+            raise table._damaged(e) from e
+        table.types, table.features = {f.name: str(f.type) for f in schema}, _features(schema.metadata)
+    return out, [w for fs in files.values() for w in _missing_shards(fs)]
 
 
 def from_disk(path: Path) -> Source:
@@ -270,10 +345,7 @@ def _label_value(v: Any) -> int | str | None:
 def _columns(where: str, names: list[str], types: dict[str, str], features: dict[str, Any]) -> tuple[str, str]:
     """The image and the label column."""
     kinds = {n: features[n].get("_type") for n in names if isinstance(features.get(n), dict)}
-    images = [n for n in names if kinds.get(n) == "Image"]
-    raw = [n for n in names if "bytes: binary" in types[n] or types[n] in ("binary", "large_binary")]
-    images += [n for n in raw if n not in images]
-    images.sort(key=lambda n: _IMAGES.index(n) if n in _IMAGES else len(_IMAGES))
+    images = _images({n: types[n] for n in names}, features)
     plain = ("int", "string", "Value", "ClassLabel", "dictionary", "uint", "bool", "large_string")
     labels = [n for n in names if kinds.get(n) == "ClassLabel"]
     labels += [n for n in _LABELS if n in names and n not in labels and types[n].startswith(plain)]
@@ -284,6 +356,14 @@ def _columns(where: str, names: list[str], types: dict[str, str], features: dict
     if not labels:
         raise DataError(f"{where} has no label column (expected 'label', whole numbers or text); columns: {have}")
     return images[0], labels[0]
+
+
+def _images(types: dict[str, str], features: dict[str, Any]) -> list[str]:
+    """Columns of images, the likeliest first."""
+    said = [n for n in types if isinstance(features.get(n), dict) and features[n].get("_type") == "Image"]
+    raw = [n for n in types if "bytes: binary" in types[n] or types[n] in ("binary", "large_binary")]
+    images = said + [n for n in raw if n not in said]
+    return sorted(images, key=lambda n: _IMAGES.index(n) if n in _IMAGES else len(_IMAGES))
 
 
 def _features(metadata: dict[bytes, bytes] | None) -> dict[str, Any]:

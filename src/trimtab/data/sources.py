@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -20,10 +20,14 @@ SPLITS = {
     "test": "test", "testing": "test",
 }  # fmt: skip
 ACCEPTED = (
-    "'digits', 'shapes:classes=4,size=32,n=500', a folder with one folder of images per class (or train/val/test "
-    "folders of those), a .zip of one, a parquet file or folder in Hugging Face layout, or a name on the Hugging Face "
-    "hub ('owner/name' or 'hub:name')"
+    "'digits', 'shapes:classes=4,size=32,n=500', 'fractals:classes=1000,size=32', a folder with one folder of images "
+    "per class (or train/val/test folders of those), a .zip of one, a parquet file or folder in Hugging Face layout, "
+    "or a name on the Hugging Face hub ('owner/name' or 'hub:name')"
 )
+
+
+if TYPE_CHECKING:
+    from trimtab.data.synthetic import Scenes
 
 
 class Reader(Protocol):
@@ -47,15 +51,20 @@ class Items:
 
     reader: Reader
     rows: np.ndarray  # int64 (N,), positions in the reader, ascending
-    labels: np.ndarray  # int64 (N,)
+    labels: np.ndarray  # int64 (N,); zeros where images have no single label
     names: Sequence[str]
+    fit: str = "cover"  # how images are brought to one size: "cover", "stretch", or "mask" (class indices, stretched)
+    targets: Any = None  # what else belongs to each image: has `take`
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def take(self, keep: np.ndarray) -> Items:
         keep = np.sort(np.asarray(keep, np.int64))
-        return Items(self.reader, self.rows[keep], self.labels[keep], [self.names[i] for i in keep.tolist()])
+        return Items(
+            self.reader, self.rows[keep], self.labels[keep], [self.names[i] for i in keep.tolist()], self.fit,
+            None if self.targets is None else self.targets.take(keep),
+        )  # fmt: skip
 
     def read(self, i: int) -> bytes | Image.Image:
         return self.reader.read(int(self.rows[i]))
@@ -68,6 +77,7 @@ class Source:
     class_names: list[str]
     warnings: list[str] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)  # (name, reason), found before decoding
+    make: Callable[..., Any] | None = None  # makes the whole `Data`, where images are made as they are needed
 
 
 class Arrays:
@@ -103,6 +113,8 @@ def find_source(spec: str | os.PathLike[str]) -> Source:
         return digits()
     if text == "shapes" or text.startswith("shapes:"):
         return made_shapes(text)
+    if text == "fractals" or text.startswith("fractals:"):
+        return made_fractals(text)
     if text.startswith("hub:"):
         from trimtab.data.parquet import hub
 
@@ -122,7 +134,9 @@ def find_source(spec: str | os.PathLike[str]) -> Source:
         from trimtab.data.parquet import hub
 
         return hub(text)
-    close = difflib.get_close_matches(text.split(":")[0], ["digits", "shapes"], 1)
+    if text.split(":")[0] == "scenes":
+        raise DataError("'scenes' are made for other tasks than classification; give task: segment, detect or restore")
+    close = difflib.get_close_matches(text.split(":")[0], ["digits", "shapes", "fractals"], 1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     looks_like_path = os.sep in text or text.startswith(".") or path.suffix in (".zip", ".parquet")
     problem = f"there is no file or folder {text}" if looks_like_path else f"unknown data {text!r}{hint}"
@@ -152,28 +166,41 @@ def made_shapes(text: str) -> Source:
     """``shapes:classes=4,size=32,n=500,channels=3,noise=0.05,seed=0``; size may be HxW."""
     from trimtab.data.synthetic import shapes
 
-    options: dict[str, object] = {}
-    kinds: dict[str, Callable[[str], Any]] = {
-        "classes": int,
-        "n": int,
-        "channels": int,
-        "seed": int,
-        "noise": float,
-        "size": _size,
-    }
-    for part in filter(None, text.partition(":")[2].split(",")):
+    pixels, labels, names = _made(shapes, text, _SHAPES)
+    return arrays("shapes", {"train": (pixels, labels)}, names)
+
+
+def made_scenes(text: str) -> Scenes:
+    """``scenes:classes=5,size=48,n=300,channels=3,noise=0.03,seed=0``; size may be HxW."""
+    from trimtab.data.synthetic import scenes
+
+    return _made(scenes, text, _SHAPES)
+
+
+def made_fractals(text: str) -> Source:
+    """``fractals:classes=1000,size=32,n=100000,channels=3,points=10000,maps=4,seed=0``; size may be HxW."""
+    from trimtab.data.fractal_images import source
+
+    kinds = dict.fromkeys(("classes", "n", "channels", "points", "maps", "seed"), int)
+    return _made(source, text, {**kinds, "size": _size})
+
+
+def _made(make: Callable[..., Any], text: str, kinds: Mapping[str, Callable[[str], Any]]) -> Any:
+    """What `make` gives for the options in words such as ``shapes:classes=4,size=32``."""
+    word, _, said = text.partition(":")
+    options = {}
+    for part in filter(None, said.split(",")):
         key, _, value = part.strip().partition("=")
         if key not in kinds:
-            raise DataError(f"shapes takes {', '.join(kinds)}, got {part!r} in {text!r}")
+            raise DataError(f"{word} takes {', '.join(kinds)}, got {part!r} in {text!r}")
         try:
             options[key] = kinds[key](value)
         except ValueError:
-            raise DataError(f"shapes: {key} must be a number, got {value!r}") from None
+            raise DataError(f"{word}: {key} must be a number, got {value!r}") from None
     try:
-        pixels, labels, names = shapes(**options)  # type: ignore[arg-type]
+        return make(**options)
     except ValueError as e:
-        raise DataError(f"shapes: {e}") from e
-    return arrays("shapes", {"train": (pixels, labels)}, names)
+        raise DataError(f"{word}: {e}") from e
 
 
 def arrays(name: str, splits: dict[str, tuple[np.ndarray, np.ndarray]], class_names: list[str]) -> Source:
@@ -183,6 +210,11 @@ def arrays(name: str, splits: dict[str, tuple[np.ndarray, np.ndarray]], class_na
         names = [f"{name}/{split}/{i}" for i in range(len(pixels))]
         out[split] = Items(Arrays(pixels), np.arange(len(pixels)), np.asarray(labels, np.int64), names)
     return Source(name, out, class_names)
+
+
+_SHAPES: dict[str, Callable[[str], Any]] = {
+    "classes": int, "n": int, "channels": int, "seed": int, "noise": float, "size": lambda text: _size(text),
+}  # fmt: skip
 
 
 def printable(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -59,16 +60,128 @@ def shapes(
     return images, labels, list(SHAPES[:classes])
 
 
+@dataclass(frozen=True)
+class Scenes:
+    """What `scenes` makes.
+
+    Attributes:
+        images: uint8 (n, C, H, W).
+        masks: uint8 (n, H, W): 0 for the ground, k + 1 for shape k.
+        boxes: of every image, float32 (m, 4): x1, y1, x2, y2 in pixels, around what is seen of each shape.
+        labels: of every image, int64 (m,): positions in `names`.
+        names: of the shapes.
+    """
+
+    images: np.ndarray
+    masks: np.ndarray
+    boxes: list[np.ndarray]
+    labels: list[np.ndarray]
+    names: list[str]
+
+
+def scenes(
+    n: int = 300,
+    *,
+    classes: int = 5,
+    size: int | tuple[int, int] = 48,
+    channels: int = 3,
+    noise: float = 0.03,
+    seed: int = 0,
+) -> Scenes:
+    """One to four coloured shapes on a shaded ground, with masks and boxes; nearer ones hide others in part.
+
+    Args:
+        n: images.
+        classes: kinds of shapes, 1 to 10, the first of `SHAPES`.
+        size: pixels, or (H, W), at least 16.
+        noise: standard deviation of pixel noise, in 0..1 units.
+
+    >>> made = scenes(4, classes=2, size=32)
+    >>> made.images.shape, made.masks.shape, made.boxes[0].shape[1], made.names
+    ((4, 3, 32, 32), (4, 32, 32), 4, ['circle', 'square'])
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    if not 1 <= classes <= len(SHAPES):
+        raise ValueError(f"classes must be 1 to {len(SHAPES)}, got {classes}")
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
+    if min(height, width) < 16 or max(height, width) > 4096:
+        raise ValueError(f"size must be 16 to 4096 pixels, got {size}")
+    if channels not in (1, 3):
+        raise ValueError(f"channels must be 1 or 3, got {channels}")
+    if not 0 <= noise <= 1:
+        raise ValueError(f"noise must be 0 to 1, got {noise}")
+    made = Scenes(
+        np.empty((n, channels, height, width), np.uint8), np.zeros((n, height, width), np.uint8), [], [],
+        list(SHAPES[:classes]),
+    )  # fmt: skip
+    for i in range(n):
+        rng = np.random.default_rng([seed, i, 72])
+        picture, owner, kinds = _scene(made.names, height, width, rng)
+        if channels == 1:
+            picture = picture.convert("L")
+        pixels = np.asarray(picture, np.float32).reshape(height, width, channels).transpose(2, 0, 1)
+        pixels = pixels + rng.standard_normal(pixels.shape, np.float32) * (255 * noise)
+        made.images[i] = np.clip(np.rint(pixels), 0, 255)
+        seen = [k for k in range(len(kinds)) if (owner == k + 1).any()]
+        for k in seen:
+            made.masks[i][owner == k + 1] = kinds[k] + 1
+        made.boxes.append(np.array([_around(owner == k + 1) for k in seen], np.float32).reshape(-1, 4))
+        made.labels.append(np.array([kinds[k] for k in seen], np.int64))
+    return made
+
+
+def _scene(
+    names: list[str], height: int, width: int, rng: np.random.Generator
+) -> tuple[Image.Image, np.ndarray, list[int]]:
+    """The picture, which shape (from 1) each pixel shows, and the kind of each shape."""
+    ground = rng.integers(0, 256, 3)
+    shade = rng.integers(-40, 41, (2, 2, 3))  # the ground differs from corner to corner
+    corners = Image.fromarray(np.clip(ground + shade, 0, 255).astype(np.uint8))
+    picture = corners.resize((width, height), Image.Resampling.BILINEAR)
+    owner = np.zeros((height, width), np.int64)
+    kinds: list[int] = []
+    for _ in range(int(rng.integers(1, 5))):
+        kind = int(rng.integers(len(names)))
+        ink = rng.integers(0, 256, 3)
+        while abs(int(_luma(ink)) - int(_luma(ground))) < 60:
+            ink = rng.integers(0, 256, 3)
+        radius = min(height, width) * _SCALE * rng.uniform(0.12, 0.25)
+        cx, cy = (rng.uniform(radius, side * _SCALE - radius) for side in (width, height))
+        cover = _cover(names[kind], height, width, cx, cy, radius, math.radians(rng.uniform(-20, 20)))
+        mine = np.asarray(cover) >= 128
+        left = [k for k in range(len(kinds)) if (owner == k + 1).any()]
+        if any(((owner == k + 1) & ~mine).sum() < 0.4 * (owner == k + 1).sum() for k in left):
+            continue  # it would hide another nearly whole
+        picture.paste(tuple(int(v) for v in ink), mask=cover)
+        kinds.append(kind)
+        owner[mine] = len(kinds)
+    return picture, owner, kinds
+
+
+def _around(pixels: np.ndarray) -> tuple[int, int, int, int]:
+    """x1, y1, x2, y2 of the pixels that are true; x2 and y2 are the first outside."""
+    y, x = np.nonzero(pixels)
+    return int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1
+
+
 def _draw(shape: str, height: int, width: int, rng: np.random.Generator) -> Image.Image:
     ground = rng.integers(0, 256, 3)
     ink = rng.integers(0, 256, 3)
     while abs(int(_luma(ink)) - int(_luma(ground))) < 60:  # visible in grey too
         ink = rng.integers(0, 256, 3)
-    mask = Image.new("L", (width * _SCALE, height * _SCALE), 0)
     radius = min(height, width) * _SCALE * rng.uniform(0.25, 0.42)
     cx = width * _SCALE / 2 + rng.uniform(-0.12, 0.12) * width * _SCALE
     cy = height * _SCALE / 2 + rng.uniform(-0.12, 0.12) * height * _SCALE
-    turn = math.radians(rng.uniform(-20, 20))
+    mask = _cover(shape, height, width, cx, cy, radius, math.radians(rng.uniform(-20, 20)))
+    picture = Image.new("RGB", (width, height), tuple(int(v) for v in ground))
+    picture.paste(tuple(int(v) for v in ink), mask=mask)
+    return picture
+
+
+def _cover(shape: str, height: int, width: int, cx: float, cy: float, radius: float, turn: float) -> Image.Image:
+    """How much of each pixel a shape covers; centre, radius in units of 1 / _SCALE pixels, turn in radians."""
+    mask = Image.new("L", (width * _SCALE, height * _SCALE), 0)
     cos, sin = math.cos(turn) * radius, math.sin(turn) * radius
 
     def place(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -85,10 +198,7 @@ def _draw(shape: str, height: int, width: int, rng: np.random.Generator) -> Imag
     else:
         for polygon in _polygons(shape):
             pen.polygon(place(polygon), fill=255)
-    mask = mask.resize((width, height), Image.Resampling.BOX)
-    picture = Image.new("RGB", (width, height), tuple(int(v) for v in ground))
-    picture.paste(tuple(int(v) for v in ink), mask=mask)
-    return picture
+    return mask.resize((width, height), Image.Resampling.BOX)
 
 
 def _disc(pen: ImageDraw.ImageDraw, x: float, y: float, r: float, value: int) -> None:

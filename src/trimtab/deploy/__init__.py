@@ -12,11 +12,26 @@ _NAMES = {
     "ExportError": "to_onnx",
     "OnnxModel": "runtime",
     "Prediction": "runtime",
+    "OnnxVision": "vision",
+    "Vision": "vision",
+    "PatchedModel": "patched",
+    "CascadeModel": "cascade",
+    "ResultCache": "cascade",
+    "dual_cnn": "dual_cnn",
+    "mcunetv2": "mcunetv2",
 }
-__all__ = ["ExportError", "Exported", "OnnxModel", "Prediction", "export"]
+__all__ = [
+    "CascadeModel", "ExportError", "Exported", "OnnxModel", "OnnxVision", "PatchedModel", "Prediction", "ResultCache",
+    "Vision", "dual_cnn", "export", "mcunetv2",
+]  # fmt: skip
 
 if TYPE_CHECKING:
+    from trimtab.deploy.cascade import CascadeModel, ResultCache
+    from trimtab.deploy.dual_cnn import dual_cnn
+    from trimtab.deploy.mcunetv2 import mcunetv2
+    from trimtab.deploy.patched import PatchedModel
     from trimtab.deploy.runtime import OnnxModel, Prediction
     from trimtab.deploy.to_onnx import Exported, ExportError, export
+    from trimtab.deploy.vision import OnnxVision, Vision
 
 __getattr__, __dir__ = lazy(__name__, _NAMES)

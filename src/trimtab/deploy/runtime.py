@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trimtab.core.artifact import InputSpec
 from trimtab.core.errors import ArtifactError
 from trimtab.core.onnx_file import open_session, read_onnx
+from trimtab.core.spec import InputSpec
 from trimtab.core.timing import timed
 
 if TYPE_CHECKING:
@@ -32,66 +32,20 @@ class Prediction:
     top: tuple[tuple[str, float], ...]
 
 
-class OnnxModel:
-    """A classifier in an `.onnx` file that trimtab exported, in ONNX Runtime on the CPU.
-
-    Args:
-        path: the file. Its metadata says how images are prepared and what the classes are called.
-        threads: threads of one call.
+class Predictor:
+    """Classifies images; a subclass gives `logits`.
 
     Attributes:
         spec: the input.
-        labels: names of the classes ("0", "1", ... when none were exported).
-        batch: images per call when the file fixes it, else None.
-
-    Raises:
-        ArtifactError: no such file, damaged, not ONNX, or not exported by trimtab.
+        labels: names of the classes ("0", "1", ... when none are known).
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, threads: int = 1) -> None:
-        self.path = Path(path)
-        model = read_onnx(self.path)
-        notes = {p.key: p.value for p in model.metadata_props}
-        if SPEC_KEY not in notes:
-            raise ArtifactError(
-                f"{self.path} does not say how images are prepared; only files written by `trimtab export` do"
-            )
-        try:
-            self.spec = InputSpec.from_json(json.loads(notes[SPEC_KEY]))
-            labels = json.loads(notes.get(LABELS_KEY, "null"))
-            if labels is not None and not (isinstance(labels, list) and all(isinstance(v, str) for v in labels)):
-                raise ValueError("labels are no list of names")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-            raise ArtifactError(f"the description inside {self.path} is damaged: {e}") from e
-        if len(model.graph.input) != 1 or len(model.graph.output) != 1:
-            raise ArtifactError(f"{self.path} must have one input and one output")
-        self._session = open_session(self.path, threads=threads)
-        self._input = self._session.get_inputs()[0].name
-        shape = self._session.get_inputs()[0].shape
-        if len(shape) != 4 or [d for d in shape[1:] if isinstance(d, int)] != list(self.spec.size):
-            raise ArtifactError(f"{self.path} takes input {shape}, but says that it takes {list(self.spec.size)}")
-        self.batch: int | None = shape[0] if isinstance(shape[0], int) else None
-        out = self._session.get_outputs()[0].shape
-        classes = out[-1] if out and isinstance(out[-1], int) else None
-        if labels is not None and classes is not None and len(labels) != classes:
-            raise ArtifactError(f"{self.path} has {classes} outputs but {len(labels)} labels")
-        self.labels: list[str] = labels if labels is not None else [str(i) for i in range(classes or 0)]
+    spec: InputSpec
+    labels: list[str]
 
     def logits(self, images: np.ndarray) -> np.ndarray:
         """Raw outputs (B, K) for prepared float32 images (B, C, H, W)."""
-        images = np.ascontiguousarray(images, dtype=np.float32)
-        if images.ndim != 4 or images.shape[1:] != self.spec.size:
-            want = ", ".join(map(str, self.spec.size))
-            raise ValueError(f"images must be (B, {want}), got {images.shape}")
-        if self.batch is None or len(images) == self.batch:
-            return np.asarray(self._session.run(None, {self._input: images})[0])
-        parts = []  # a file with a fixed batch: pad the last one
-        for i in range(0, len(images), self.batch):
-            part = images[i : i + self.batch]
-            padded = np.zeros((self.batch, *images.shape[1:]), np.float32)
-            padded[: len(part)] = part
-            parts.append(np.asarray(self._session.run(None, {self._input: padded})[0])[: len(part)])
-        return np.concatenate(parts)
+        raise NotImplementedError
 
     def predict(self, images: Any, *, top: int = 5, batch_size: int = 64) -> list[Prediction]:
         """What is in each image.
@@ -132,11 +86,84 @@ class OnnxModel:
             seen += len(labels)
         return {"accuracy": right / max(1, seen), "n": seen}
 
+
+class OnnxModel(Predictor):
+    """A classifier in an `.onnx` file that trimtab exported, in ONNX Runtime on the CPU.
+
+    Args:
+        path: the file. Its metadata says how images are prepared and what the classes are called.
+        threads: threads of one call.
+
+    Attributes:
+        spec: the input.
+        labels: names of the classes ("0", "1", ... when none were exported).
+        batch: images per call when the file fixes it, else None.
+
+    Raises:
+        ArtifactError: no such file, damaged, not ONNX, or not exported by trimtab.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, threads: int = 1) -> None:
+        self.path = Path(path)
+        self.spec, labels, model = read_notes(path)
+        if self.spec.task != "classify":
+            raise ArtifactError(f"{self.path} is for task {self.spec.task!r}; open it with OnnxVision")
+        if len(model.graph.input) != 1 or len(model.graph.output) != 1:
+            raise ArtifactError(f"{self.path} must have one input and one output")
+        self._session = open_session(self.path, threads=threads)
+        self._input = self._session.get_inputs()[0].name
+        shape = self._session.get_inputs()[0].shape
+        sides = [d for d in shape[1:] if isinstance(d, int)]
+        if len(shape) != 1 + len(self.spec.size) or sides != list(self.spec.size):
+            raise ArtifactError(f"{self.path} takes input {shape}, but says that it takes {list(self.spec.size)}")
+        self.batch: int | None = shape[0] if isinstance(shape[0], int) else None
+        out = self._session.get_outputs()[0].shape
+        classes = out[-1] if out and isinstance(out[-1], int) else None
+        if labels is not None and classes is not None and len(labels) != classes:
+            raise ArtifactError(f"{self.path} has {classes} outputs but {len(labels)} labels")
+        self.labels: list[str] = labels if labels is not None else [str(i) for i in range(classes or 0)]
+
+    def logits(self, images: np.ndarray) -> np.ndarray:
+        """Raw outputs (B, K) for prepared float32 images (B, C, H, W)."""
+        images = np.ascontiguousarray(images, dtype=np.float32)
+        if images.shape[1:] != self.spec.size:
+            want = ", ".join(map(str, self.spec.size))
+            raise ValueError(f"images must be (B, {want}), got {images.shape}")
+        if self.batch is None or len(images) == self.batch:
+            return np.asarray(self._session.run(None, {self._input: images})[0])
+        parts = []  # a file with a fixed batch: pad the last one
+        for i in range(0, len(images), self.batch):
+            part = images[i : i + self.batch]
+            padded = np.zeros((self.batch, *images.shape[1:]), np.float32)
+            padded[: len(part)] = part
+            parts.append(np.asarray(self._session.run(None, {self._input: padded})[0])[: len(part)])
+        return np.concatenate(parts)
+
     def latency(self, repeats: int | None = None, *, batch_size: int = 1) -> tuple[float, float]:
         """(median, interquartile range) of the seconds of one call; None = as many as half a second holds."""
         rng = np.random.default_rng(0)
         images = rng.standard_normal((self.batch or batch_size, *self.spec.size)).astype(np.float32)
         return timed(lambda: self._session.run(None, {self._input: images}), repeats=repeats)
+
+
+def read_notes(path: str | os.PathLike[str]) -> tuple[InputSpec, list[str] | None, Any]:
+    """What an exported file says of itself: its input, the names of its classes; and the graph.
+
+    Raises:
+        ArtifactError: no such file, damaged, not ONNX, or not exported by trimtab.
+    """
+    model = read_onnx(Path(path))
+    notes = {p.key: p.value for p in model.metadata_props}
+    if SPEC_KEY not in notes:
+        raise ArtifactError(f"{path} does not say how images are prepared; only files written by `trimtab export` do")
+    try:
+        spec = InputSpec.from_json(json.loads(notes[SPEC_KEY]))
+        labels = json.loads(notes.get(LABELS_KEY, "null"))
+        if labels is not None and not (isinstance(labels, list) and all(isinstance(v, str) for v in labels)):
+            raise ValueError("labels are no list of names")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise ArtifactError(f"the description inside {path} is damaged: {e}") from e
+    return spec, labels, model
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -155,14 +182,17 @@ def batches(
     shuffle: bool = False,
     spec: InputSpec | None = None,
 ) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-    """(images float32 (B, C, H, W), labels (B,)) of a split, normalised as `spec` says, without augmentation."""
+    """(images float32 (B, C, H, W), labels (B,)) of a split, normalised as `spec` says, without augmentation.
+
+    Where images have no labels (detection, restoration), their rows stand in for them.
+    """
     loader = data.loader(split, batch_size=batch_size, shuffle=shuffle, augment="none", drop_last=False)
     own = data.spec
     left = limit
     for batch in loader:
-        images, labels = batch["image"].numpy(), batch["label"].numpy()
-        if spec is not None and (spec.mean, spec.std) != (own.mean, own.std):
-            images = _renormalise(images, own, spec)
+        images, labels = batch["image"].numpy(), batch.get("label", batch["index"]).numpy()
+        if spec is not None:
+            images = renormalise(images, own, spec)
         if left is not None:
             images, labels = images[:left], labels[:left]
             left -= len(images)
@@ -172,7 +202,11 @@ def batches(
             return
 
 
-def _renormalise(images: np.ndarray, old: InputSpec, new: InputSpec) -> np.ndarray:
+def renormalise(images: np.ndarray, old: InputSpec, new: InputSpec) -> np.ndarray:
+    """Images (B, C, H, W) that were prepared as `old` says, as `new` wants them."""
+    if (old.mean, old.std) == (new.mean, new.std):
+        return images
+
     def column(values: Sequence[float]) -> np.ndarray:
         return np.asarray(values, np.float32).reshape(1, -1, 1, 1)
 

@@ -91,7 +91,8 @@ def export(
 ) -> Exported:
     """Write `model` as ONNX, check it against PyTorch, and say what came out. The model is not changed.
 
-    Packed low-bit weights stay packed in the file (`deploy.low_bit`).
+    Packed low-bit weights stay packed in the file (`deploy.low_bit`). `deploy.vision` says what the files of networks
+    give that segment, detect (their method ``boxes_and_scores`` is exported along) or restore (pictures of any size).
 
     Args:
         path: ending in .onnx, the file; otherwise a directory, where it is called model.onnx.
@@ -128,12 +129,18 @@ def export(
 
     plain = twin(model).cpu().float()
     plain = plain.to(memory_format=torch.contiguous_format)
+    if spec.task == "detect":
+        plain = Candidates(plain, spec)
     samples = _samples(data, spec, split, AGREEMENT if int8 or two_bit else PARITY)
     expected = _run_torch(plain, samples)
-    if labels is not None and expected.shape[-1] != len(labels):
-        raise ValueError(f"labels must name the {expected.shape[-1]} outputs of the model, got {len(labels)} names")
+    classes = {"segment": expected.shape[1], "detect": expected.shape[-1] - 4}.get(spec.task, expected.shape[-1])
+    if spec.task == "restore":
+        labels = None
+    elif labels is not None and classes != len(labels):
+        raise ValueError(f"labels must name the {classes} outputs of the model, got {len(labels)} names")
 
-    graph, how, dynamic, notes = _convert(plain, samples, expected, exporter, check, simplify, opset)
+    axes = (0, 2, 3) if spec.task == "restore" else (0,)
+    graph, how, dynamic, notes = _convert(plain, samples, expected, exporter, check, simplify, opset, axes)
     if int8:
         assert data is not None  # checked at the door
         macs = measure(plain, spec.size, what="macs").macs or 1
@@ -147,7 +154,7 @@ def export(
     session = open_session(raw)
     outputs = _run_onnx(session, samples, dynamic)
     diff = float(np.abs(outputs - expected).max())
-    agreement = float((outputs.argmax(-1) == expected.argmax(-1)).mean())
+    agreement = _agreement(outputs, expected, spec.task)
     if check and not (int8 or two_bit or _rounds(plain)) and diff > _tolerance(expected):
         raise ExportError(_differs(diff, expected))
     accuracy = None
@@ -155,6 +162,27 @@ def export(
         accuracy = _accuracy(session, data, split if split in data.splits else "test", spec, dynamic, limit)
     write_bytes(target, raw)
     return Exported(target, len(raw), diff, agreement, int8, accuracy, how, dynamic, notes)
+
+
+class Candidates(nn.Module):
+    """A detector whose answer is one tensor (B, N, 4 + K): boxes as shares of the picture, then probabilities."""
+
+    def __init__(self, detector: nn.Module, spec: InputSpec) -> None:
+        super().__init__()
+        if not callable(getattr(detector, "boxes_and_scores", None)):
+            name = type(detector).__name__
+            raise ExportError(
+                f"a detector needs a method boxes_and_scores(outputs), which gives boxes (B, N, 4) in pixels and "
+                f"probabilities (B, N, K), to be exported; {name} has none"
+            )
+        self.detector = detector
+        height, width = spec.size[-2:]
+        self.register_buffer("sides", torch.tensor([width, height, width, height], dtype=torch.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        detector: Any = self.detector
+        boxes, scores = detector.boxes_and_scores(detector(x))
+        return torch.cat([boxes / self.sides, scores], -1)
 
 
 def spec_of(model: nn.Module) -> InputSpec:
@@ -169,12 +197,12 @@ def spec_of(model: nn.Module) -> InputSpec:
     if not size:
         raise ValueError(f"{type(model).__name__} does not say what its input is; pass data= or spec=")
     channels = int(made.get("in_chans", getattr(model, "in_chans", size[0])))
-    hw = made.get("img_size") or size[1:]
-    height, width = (hw, hw) if isinstance(hw, int) else tuple(hw)
+    sides = made.get("img_size") or size[1:]
+    sides = (sides,) * len(size[1:]) if isinstance(sides, int) else tuple(sides)
     mean, std = (tuple(cfg.get(k) or (0.5,) * channels) for k in ("mean", "std"))
     if len(mean) != channels:
         mean, std = ((sum(v) / len(v),) * channels for v in (mean, std))
-    return InputSpec((channels, int(height), int(width)), mean, std)
+    return InputSpec((channels, *map(int, sides)), mean, std)
 
 
 # --------------------------------------------------------------------------------------------------------------- pieces
@@ -184,6 +212,7 @@ def _samples(data: Data | None, spec: InputSpec, split: str, count: int) -> np.n
     """Images to compare on: real ones when there are any."""
     if data is not None:
         split = split if split in data.splits else "test"
+        split = "train" if spec.task == "restore" and "train" in data.splits else split  # patches of one size
         size = min(count, 64)
         parts = [x for x, _ in batches(data, split, batch_size=size, limit=count, spec=spec)]
         if parts:
@@ -215,6 +244,17 @@ def _run_onnx(session: Any, images: np.ndarray, dynamic: bool) -> np.ndarray:
     cuts = [0, 1, min(3, len(images)), *range(19, len(images), 16), len(images)] if dynamic else range(len(images) + 1)
     cuts = sorted({*cuts})
     return np.concatenate([session.run(None, {name: images[a:b]})[0] for a, b in pairwise(cuts)])
+
+
+def _agreement(outputs: np.ndarray, expected: np.ndarray, task: str) -> float:
+    """The share of answers that are the same: best classes, or for pictures values of 8 bits."""
+    if task == "restore":
+        ours, theirs = (np.rint(255 * x.clip(0, 1)) for x in (outputs, expected))
+    elif task == "detect":
+        ours, theirs = (x[..., 4:].argmax(-1) for x in (outputs, expected))
+    else:
+        ours, theirs = (x.argmax(1 if task == "segment" else -1) for x in (outputs, expected))
+    return float((ours == theirs).mean())
 
 
 def _rounds(model: nn.Module) -> bool:
@@ -250,8 +290,8 @@ def _silence() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def _dynamo(model: nn.Module, x: Tensor, opset: int | None, dynamic: bool) -> ModelProto:
-    shapes = ({0: torch.export.Dim.DYNAMIC},) if dynamic else None
+def _dynamo(model: nn.Module, x: Tensor, opset: int | None, axes: Sequence[int]) -> ModelProto:
+    shapes = (dict.fromkeys(axes, torch.export.Dim.DYNAMIC),) if axes else None
     program = torch.onnx.export(
         model, (x,), dynamo=True, dynamic_shapes=shapes, input_names=["image"], output_names=["logits"],
         opset_version=opset, verbose=False,
@@ -261,20 +301,42 @@ def _dynamo(model: nn.Module, x: Tensor, opset: int | None, dynamic: bool) -> Mo
     return program.model_proto
 
 
-def _classic(model: nn.Module, x: Tensor, opset: int | None, dynamic: bool) -> ModelProto:
+def _classic(model: nn.Module, x: Tensor, opset: int | None, axes: Sequence[int]) -> ModelProto:
     import onnx
 
-    axes = {"image": {0: "batch"}, "logits": {0: "batch"}} if dynamic else None
+    names = {0: "batch", 2: "height", 3: "width"}
+    free = {name: {a: f"{names[a]}{end}" for a in axes} for name, end in (("image", ""), ("logits", "_out"))}
+    free["logits"] |= {0: "batch"} if axes else {}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         torch.onnx.export(
-            model, (x,), file, dynamo=False, dynamic_axes=axes, input_names=["image"], output_names=["logits"],
-            opset_version=opset,
+            model, (x,), file, dynamo=False, dynamic_axes=free if axes else None, input_names=["image"],
+            output_names=["logits"], opset_version=opset,
         )  # fmt: skip
         return onnx.load(file)
 
 
-_EXPORTERS: dict[str, Callable[[nn.Module, Tensor, int | None, bool], Any]] = {"dynamo": _dynamo, "classic": _classic}
+def part(piece: nn.Module, x: Tensor) -> bytes:
+    """A piece of a network as lean ONNX, for inputs shaped like `x` (one in, one out).
+
+    Raises:
+        ExportError: no exporter can do it.
+    """
+    from trimtab.deploy import graph as passes
+
+    try:
+        with _silence(), quiet(piece):
+            proto = _classic(piece, x, None, ())
+        passes.keep_zero_pads(proto)
+        proto = passes.simplify(proto)
+    except Exception as e:
+        raise ExportError(f"a part of the network cannot be exported: {(str(e).splitlines() or ['?'])[0]}") from e
+    passes.lean(proto)
+    return proto.SerializeToString()
+
+
+_Exporter = Callable[[nn.Module, Tensor, int | None, Sequence[int]], Any]
+_EXPORTERS: dict[str, _Exporter] = {"dynamo": _dynamo, "classic": _classic}
 
 
 def _convert(
@@ -285,8 +347,12 @@ def _convert(
     check: bool,
     simplify: bool,
     opset: int | None,
+    axes: Sequence[int],
 ) -> tuple[ModelProto, str, bool, tuple[str, ...]]:
-    """The first attempt that runs and computes the right thing: (graph, exporter, open batch, notes)."""
+    """The first attempt that runs and computes the right thing: (graph, exporter, open batch, notes).
+
+    axes: of the input that are to stay open; the batch (0) alone may become fixed in the end.
+    """
     from trimtab.deploy import graph as passes
 
     rounds = _rounds(model)
@@ -300,7 +366,7 @@ def _convert(
                 # torch.export takes 0 and 1 for constants, hence two images to trace an open batch
                 x = torch.from_numpy(samples[: 2 if dynamic else 1].copy())
                 with _silence(), quiet(model):
-                    proto = _EXPORTERS[kind](model, x, opset, dynamic)
+                    proto = _EXPORTERS[kind](model, x, opset, axes if dynamic else axes[1:])
                 passes.keep_zero_pads(proto)
                 if rounds and check:  # to the letter; what is fused later moves numbers across a rounding
                     some = samples[: 19 if dynamic else 3]
@@ -310,8 +376,9 @@ def _convert(
                         raise ExportError(worst)
                 if simplify:
                     proto = passes.simplify(proto)
-                if dynamic and proto.graph.input[0].type.tensor_type.shape.dim[0].HasField("dim_value"):
-                    raise ExportError("the batch size became a constant")
+                for axis in axes if dynamic else axes[1:]:
+                    if proto.graph.input[0].type.tensor_type.shape.dim[axis].HasField("dim_value"):
+                        raise ExportError(f"the {'height and width' if axis else 'batch size'} became a constant")
                 some = samples[: 19 if dynamic else 3]
                 diff = float(
                     np.abs(
@@ -351,7 +418,7 @@ def _int8(
     for ops in plans:
         candidate = q.quantize(ready, iter(seen), ops=ops)
         outputs = _run_onnx(open_session(candidate.SerializeToString()), samples, dynamic)
-        agreement = float((outputs.argmax(-1) == expected.argmax(-1)).mean())
+        agreement = _agreement(outputs, expected, spec.task)
         if best is None or agreement > best[0]:
             best = agreement, candidate
         if agreement >= 0.95:

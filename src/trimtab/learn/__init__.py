@@ -21,6 +21,7 @@ from trimtab.learn.optim import make_optimizer, param_groups
 from trimtab.learn.schedule import Schedule
 from trimtab.learn.settings import Settings
 from trimtab.learn.stages import Stages, stages
+from trimtab.learn.tasks import Detect, Restore, Segment
 from trimtab.learn.taps import taps
 
 if TYPE_CHECKING:
@@ -28,8 +29,10 @@ if TYPE_CHECKING:
     from trimtab.learn.distill.lsskd import HSAKD, LSSKD
     from trimtab.learn.distill.tinyvit import FastDistill
     from trimtab.learn.modular.deep_incubation import DeepIncubation
+    from trimtab.learn.pretrain.fractal_pretraining import FractalPretraining
     from trimtab.learn.pretrain.simmim import SimMIM
     from trimtab.learn.regularize.bias_loss import BiasLoss
+    from trimtab.learn.regularize.label_pooling import LabelPooling
     from trimtab.learn.regularize.repulsion import Repulsion
 
 _METHODS = {
@@ -39,19 +42,26 @@ _METHODS = {
     "KD": "distill.kd",
     "LSSKD": "distill.lsskd",
     "FastDistill": "distill.tinyvit",
+    "FractalPretraining": "pretrain.fractal_pretraining",
     "SimMIM": "pretrain.simmim",
+    "LabelPooling": "regularize.label_pooling",
     "Repulsion": "regularize.repulsion",
 }
 # The word by which recipes, `trimtab train --objective` and `tt.learn` know an objective, and its class.
 OBJECTIVES = {
     "classify": "Classify",
+    "segment": "Segment",
+    "detect": "Detect",
+    "restore": "Restore",
     "bias_loss": "BiasLoss",
     "deep_incubation": "DeepIncubation",
     "hsakd": "HSAKD",
     "kd": "KD",
     "lsskd": "LSSKD",
+    "fractal_pretraining": "FractalPretraining",
     "simmim": "SimMIM",
     "tinyvit": "FastDistill",
+    "relabel": "LabelPooling",
     "repulsion": "Repulsion",
 }
 __all__ = [
@@ -61,6 +71,9 @@ __all__ = [
     "Settings",
     "Objective",
     "Classify",
+    "Segment",
+    "Detect",
+    "Restore",
     "OBJECTIVES",
     "BiasLoss",
     "DeepIncubation",
@@ -68,7 +81,9 @@ __all__ = [
     "KD",
     "LSSKD",
     "FastDistill",
+    "FractalPretraining",
     "SimMIM",
+    "LabelPooling",
     "Repulsion",
     "Context",
     "Batch",
@@ -92,5 +107,6 @@ __all__ = [
     "bn_recalibrate",
 ]
 
-_HOMES = {"Classify": "objective", **_METHODS}
-__getattr__, __dir__ = lazy(__name__, _METHODS | {word: f"{_HOMES[name]}:{name}" for word, name in OBJECTIVES.items()})
+_HOMES = {"Classify": "objective", "Segment": "tasks", "Detect": "tasks", "Restore": "tasks", **_METHODS}
+_WORDS = {word: f"{_HOMES[name]}:{name}" for word, name in OBJECTIVES.items()}
+__getattr__, __dir__ = lazy(__name__, {"adapt": None} | _METHODS | _WORDS)

@@ -26,19 +26,24 @@ def evaluate(
     device: torch.device | str | None = None,
     metrics: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Accuracy and cross-entropy on a split, measured with torchmetrics.
+    """How good a model is on a split.
 
     Args:
-        objective: gives the prediction, where that is more than ``model(image)``.
+        objective: gives the prediction, where that is more than what the task's own objective predicts.
         device: where to run; by default where the model is. The model comes back to where it was, in its mode.
-        metrics: more torchmetrics by name, updated with (logits, label).
+        metrics: more torchmetrics by name, updated with (prediction, target): logits and labels, pictures and
+            high-resolution pictures, or detections and objects as lists of dicts.
 
     Returns:
-        ``{"accuracy", "loss", "n"}`` and the names in `metrics`.
+        ``n``, the number of images, the names in `metrics`, and by ``data.task``: classify: ``accuracy`` and ``loss``
+        (cross-entropy). segment: ``miou`` (mean intersection over union), ``accuracy`` and ``loss`` of pixels. detect:
+        ``map`` (COCO's mean average precision) and ``ap50``. restore: ``psnr`` in dB and ``ssim``, on luma.
 
     Raises:
         DataError: there is no such split, or it is empty.
     """
+    if getattr(data, "task", "classify") != "classify":
+        return _evaluate_task(model, data, split, metrics or {}, objective, batch_size=batch_size, device=device)
     from torchmetrics import MeanMetric
     from torchmetrics.classification import MulticlassAccuracy
 
@@ -59,6 +64,24 @@ def evaluate(
         raise DataError(f"split {split!r} is empty")
     more = {name: _plain(metric.compute()) for name, metric in (metrics or {}).items()}
     return {"accuracy": float(accuracy.compute()), "loss": float(loss.compute()), "n": n, **more}
+
+
+def _evaluate_task(
+    model: nn.Module, data: Any, split: str, metrics: Mapping[str, Any], objective: Objective | None, **where: Any
+) -> dict[str, Any]:
+    from trimtab.learn.tasks import task_of
+
+    task = task_of(data)
+    tally, n = task.measure(data, True), 0
+    for out, batch in predictions(model, data, split, objective=objective, **where):
+        target = task.target(batch)
+        tally.update(out, target)
+        for metric in metrics.values():
+            metric.update(out, target)
+        n += len(batch["image"])
+    if not n:
+        raise DataError(f"split {split!r} is empty")
+    return {**tally.compute(), "n": n, **{name: _plain(metric.compute()) for name, metric in metrics.items()}}
 
 
 def logits(
@@ -91,12 +114,15 @@ def predictions(
     channels_last: bool = False,
     rank: int = 0,
     world: int = 1,
-) -> Iterator[tuple[Tensor, Batch]]:
-    """The float32 logits (B, K) of each batch of a split, with the batch; no augmentation, no gradient, eval mode."""
+) -> Iterator[tuple[Any, Batch]]:
+    """The prediction for each batch of a split, with the batch; no augmentation, no gradient, eval mode.
+
+    For classifiers float32 logits (B, K); for other tasks what their objective predicts.
+    """
     if split not in data.splits:
         raise DataError(f"split must be one of {', '.join(data.splits)}, got {split!r}")
     where = torch.device(device) if device is not None else device_of(model)
-    predict = objective.predict if objective is not None else _predict
+    predict = (objective or _usual(data)).predict
     loader = data.loader(
         split,
         batch_size=batch_size,
@@ -110,13 +136,13 @@ def predictions(
     with evaluating(model, where):
         for given in loader:
             batch = Batch(given).to(where)
-            if len(batch["label"]) == 0:  # a rank may get nothing of a short last batch
+            if len(batch["image"]) == 0:  # a rank may get nothing of a short last batch
                 continue
             if channels_last:
                 batch["image"] = batch["image"].contiguous(memory_format=torch.channels_last)
             with torch.no_grad():
                 out = predict(model, batch)
-            yield out.float(), batch
+            yield out.float() if isinstance(out, Tensor) else out, batch
 
 
 @contextmanager
@@ -159,8 +185,13 @@ def device_of(model: nn.Module) -> torch.device:
     return first.device if first is not None else torch.device("cpu")
 
 
-def _predict(model: nn.Module, batch: Batch) -> Tensor:
-    return model(batch["image"])
+def _usual(data: Any) -> Objective:
+    """The objective of the data's task."""
+    if getattr(data, "task", "classify") == "classify":
+        return Objective()
+    from trimtab.learn.tasks import task_of
+
+    return task_of(data).objective()
 
 
 def _plain(value: Any) -> Any:

@@ -24,14 +24,15 @@ from torch import Tensor, nn
 from trimtab.core.errors import DataError, TrimtabError
 from trimtab.learn import checkpoint, rng, state
 from trimtab.learn.clock import Clock
-from trimtab.learn.evaluate import Tally, predictions
+from trimtab.learn.evaluate import predictions
 from trimtab.learn.interrupt import Interrupt
 from trimtab.learn.meter import Meter
 from trimtab.learn.mix import Mixer, Mixup
-from trimtab.learn.objective import Batch, Classify, Context, Objective, backward_all
+from trimtab.learn.objective import Batch, Context, Objective, backward_all
 from trimtab.learn.optim import make_optimizer, param_groups
 from trimtab.learn.progress import Bar
 from trimtab.learn.settings import Settings
+from trimtab.learn.tasks import task_of
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,8 @@ class FitResult:
     Attributes:
         model: the model that was given, trained, in eval mode, with nothing left on it.
         history: one row per epoch: epoch (from 1), step, loss, lr, val_accuracy, val_loss, seconds, and what the
-            objective logged.
+            objective logged. The scores of other tasks: val_miou, val_accuracy, val_loss (segment), val_map, val_ap50
+            (detect), val_psnr (restore); the first of them decides which row is best.
         best: the row whose weights the model has; None without validation or with ``keep="last"``.
         steps: updates made in all; seconds: time spent in all, including runs that were interrupted.
         stopped: "done", "early" (no more progress), "time" (the limit was reached) or "interrupted" (Ctrl-C).
@@ -70,9 +72,9 @@ def fit(
     *,
     epochs: int | None = None,
     time_limit: float | None = None,
-    batch_size: int = 128,
+    batch_size: int | None = None,
     lr: float | None = None,
-    opt: str | Callable[..., torch.optim.Optimizer] = "sgd",
+    opt: str | Callable[..., torch.optim.Optimizer] | None = None,
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
     layer_decay: float | None = None,
@@ -108,13 +110,15 @@ def fit(
     Args:
         model: any `nn.Module`.
         data: what `load_data` gives, or anything with ``splits``, ``num_classes`` and ``loader``.
-        objective: what is minimised; by default cross-entropy.
+        objective: what is minimised; by default that of ``data.task``: cross-entropy of images (classify) or of pixels
+            (segment), the detector's own criterion (detect), the mean absolute difference (restore).
         epochs: how long to train; 10 if there is no time limit either.
         time_limit: seconds, validation included. Alone, it drives the schedule: the learning rate ends low when the
             time ends. With `epochs`, it only stops a run that would take longer.
-        batch_size: of one backward pass, over all processes together.
+        batch_size: of one backward pass, over all processes together; 128 for classify, 16 for other tasks.
         lr: default 0.1 per 128 samples for SGD; 0.001 per 128, growing with the square root, for others.
-        opt: timm's name, or a callable that makes an optimizer of parameter groups.
+        opt: timm's name, or a callable that makes an optimizer of parameter groups; "sgd" for classify, "adamw" for
+            other tasks.
         weight_decay: not for biases and 1-D tensors. layer_decay: share of the learning rate, layer by layer.
         sched: "onecycle", "cosine", "linear", "constant", a schedule of timm's, or progress -> factor.
         warmup: share of the run. min_lr: where the schedule ends.
@@ -145,8 +149,11 @@ def fit(
     ('done', True)
     """
     given = locals()
-    settings = Settings(**{f.name: given[f.name] for f in fields(Settings)} | {"out": Path(out) if out else None})
-    return Run(model, data, objective or Classify(), settings, on_epoch).run()
+    task = task_of(data)
+    chosen: dict[str, Any] = {"out": Path(out) if out else None, "opt": opt or task.opt}
+    chosen["batch_size"] = task.batch_size if batch_size is None else batch_size
+    settings = Settings(**{f.name: given[f.name] for f in fields(Settings)} | chosen)
+    return Run(model, data, objective or task.objective(), settings, on_epoch).run()
 
 
 class Run:
@@ -159,6 +166,9 @@ class Run:
             raise ValueError(f"objective must be an Objective, got {type(objective).__name__}")
         if "train" not in data.splits:
             raise DataError("the data has no split 'train'")
+        self.task = task_of(data)
+        if (s.mixup or s.cutmix) and getattr(data, "task", "classify") != "classify":
+            raise ValueError(f"mixup and cutmix are for classification, got data for task {data.task!r}")
         self.s, self.model, self.objective, self.on_epoch = s, model, objective, on_epoch
         started = Clock(s.time_limit, shared=False).started
         self.accelerator = _accelerator(s)
@@ -331,15 +341,14 @@ class Run:
             "step": self.ctx.step,
             "loss": self.meter.mean(),
             "lr": self.meter.lr,
-            "val_accuracy": scores.get("accuracy"),
-            "val_loss": scores.get("loss"),
+            **{f"val_{name}": scores.get(name) for name in self.task.scores},
             "seconds": self.clock.here(),
             **self.meter.logged(),
         }
         self.meter.reset()
         self.history.append(row)
         if scores:
-            better = self.best is None or _rank(row) > _rank(self.best)
+            better = self.best is None or self.task.rank(row) > self.task.rank(self.best)
             self.waited = 0 if better else self.waited + 1
             if better:
                 self.best = row
@@ -354,12 +363,12 @@ class Run:
                 self.on_epoch(dict(row))
 
     def validate(self) -> dict[str, float]:
-        """Accuracy and loss of the weights that would be kept."""
+        """The task's scores of the weights that would be kept; accuracy and loss for classifiers."""
         start = time.perf_counter()
         self._average_buffers()
-        tally = Tally()
-        for logits, batch in self._predictions():
-            tally.update(logits, batch["label"])
+        tally = self.task.measure(self.data, False)
+        for out, batch in self._predictions():
+            tally.update(out, self.task.target(batch))
         scores = tally.compute(partial(self.accelerator.reduce, reduction="sum") if self.world > 1 else None)
         self.validated, self.clock.validated_at = self.ctx.step, self.clock.elapsed()
         self.clock.validation = self._mean(time.perf_counter() - start)
@@ -483,7 +492,7 @@ class Run:
         """Does this process want to stop, or to save?"""
         return self.interrupt.requested, self.file is not None and self.clock.save_due(self.s.checkpoint_every)
 
-    def _predictions(self) -> Iterator[tuple[Tensor, Batch]]:
+    def _predictions(self) -> Iterator[tuple[Any, Batch]]:
         return predictions(
             self.kept,
             self.data,
@@ -503,7 +512,8 @@ class Run:
             times.append(time.perf_counter())
         batches.close()  # type: ignore[attr-defined]  # a generator: the model is back in its mode
         took = [b - a for a, b in pairwise(times)]
-        return self._mean(min(took, default=0.0) * -(-len(self.data.splits[self.val]) // (2 * self.batch_size)))
+        loader = self.data.loader(self.val, batch_size=2 * self.batch_size, shuffle=False, drop_last=False)
+        return self._mean(min(took, default=0.0) * len(loader))
 
     def _mean(self, seconds: float) -> float:
         """The mean over processes, which is the same number on each of them."""
@@ -526,8 +536,9 @@ class Run:
 
     def _words(self) -> tuple[float, str]:
         words = f"epoch {self.ctx.epoch + 1}  loss {self.meter.last:.3f}"
-        seen = [r["val_accuracy"] for r in self.history if r["val_accuracy"] is not None]
-        return self.progress(), words + (f"  val {seen[-1]:.2%} (best {max(seen):.2%})" if seen else "")
+        name, say = f"val_{self.task.scores[0]}", self.task.words
+        seen = [r[name] for r in self.history if r[name] is not None]
+        return self.progress(), words + (f"  val {say(seen[-1])} (best {say(max(seen))})" if seen else "")
 
 
 def _groups(loader: Any, size: int) -> Iterator[list[dict[str, Any]]]:
@@ -561,7 +572,3 @@ def _accelerator(s: Settings) -> Any:
 
 def _copy(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-def _rank(row: dict[str, Any]) -> tuple[float, float]:
-    return row["val_accuracy"], -row["val_loss"]

@@ -5,13 +5,16 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
+from trimtab.data.images import VOID
+
 
 def soft_ce(logits: Tensor, target: Tensor, *, smoothing: float = 0.0, reduction: str = "mean") -> Tensor:
     """Cross-entropy with hard or soft targets.
 
     Args:
         logits: (B, K), or (B, K, H, W).
-        target: class indices (B,), or probabilities (B, K), e.g. after mixup; or class indices of pixels (B, H, W).
+        target: class indices (B,), or probabilities (B, K), e.g. after mixup; or class indices of pixels (B, H, W),
+            where 255 does not count.
         smoothing: share of the target that is spread evenly over all classes.
         reduction: "mean" over the batch, "sum", or "none" (B,).
 
@@ -21,14 +24,16 @@ def soft_ce(logits: Tensor, target: Tensor, *, smoothing: float = 0.0, reduction
     >>> bool(torch.isclose(hard, soft))
     True
     """
-    per_pixel = logits.ndim == 4 and target.shape == logits[:, 0].shape
+    per_pixel = logits.ndim > 3 and target.shape == logits[:, 0].shape
     if not per_pixel and (target.ndim not in (1, 2) or target.shape[0] != logits.shape[0]):
         raise ValueError(f"target must be (B,) or (B, K) for logits {tuple(logits.shape)}, got {tuple(target.shape)}")
     if target.ndim == 2:
         if target.shape != logits.shape:
             raise ValueError(f"soft target must have {logits.shape[1]} classes, got {target.shape[1]}")
         target = target.to(logits.dtype)
-    return F.cross_entropy(logits, target, label_smoothing=smoothing, reduction=reduction)
+    # -100 is torch's own default, which no class index is
+    ignored = VOID if per_pixel else -100
+    return F.cross_entropy(logits, target, ignore_index=ignored, label_smoothing=smoothing, reduction=reduction)
 
 
 def kl(student: Tensor, teacher: Tensor, T: float = 1.0, *, reduction: str = "batchmean") -> Tensor:

@@ -40,8 +40,8 @@ class Meter:
                 self.count += 1
             self.last, self.lr = values[-1], rates[-1]
         for name, value in logged:
-            if name in COLUMNS:
-                raise ValueError(f"a logged name must not be one of {', '.join(COLUMNS)}, got {name!r}")
+            if name in COLUMNS or name.startswith("val_"):
+                raise ValueError(f"a logged name must not be one of {', '.join(COLUMNS)}, or val_..., got {name!r}")
             entry = self.sums.setdefault(name, [0.0, 0.0])
             entry[0] += float(value.mean() if isinstance(value, Tensor) else value)
             entry[1] += 1

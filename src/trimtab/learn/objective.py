@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trimtab.data.images import VOID
 from trimtab.learn.losses import soft_ce
 from trimtab.learn.modes import eval_mode
 
@@ -156,17 +157,21 @@ def probe(objective: Objective, model: nn.Module, batch: Batch) -> Tensor:
 def check_logits(logits: Any, batch: Batch, *, who: str = "the model") -> int:
     """The number of classes of some logits, if they are (B, K) with enough classes for the labels of the batch.
 
-    Where labels are maps (B, H, W), logits are (B, K, H, W).
+    Where labels are maps (B, H, W), logits are (B, K, H, W); 255 in them is no class.
 
     Raises:
         ValueError: they are not.
     """
     label = batch["label"]
-    per_pixel = label.ndim == 3
-    if not isinstance(logits, Tensor) or logits.ndim != (4 if per_pixel else 2):
+    per_pixel = label.ndim > 2
+    if not isinstance(logits, Tensor) or logits.ndim != (label.ndim + 1 if per_pixel else 2):
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"{who} must give logits (B, K{', H, W' if per_pixel else ''}), got {got}")
-    need = label.shape[1] if label.ndim == 2 else int(label.max()) + 1
+    if per_pixel and logits.shape[2:] != label.shape[1:]:
+        want, got = (tuple(x.shape[-2:]) for x in (label, logits))
+        raise ValueError(f"{who} must give logits of the size of the labels {want}, got {got}")
+    seen = label.masked_fill(label == VOID, -1) if per_pixel else label
+    need = label.shape[1] if label.ndim == 2 else int(seen.max()) + 1
     if logits.shape[1] < need:
         raise ValueError(f"{who} must have at least {need} classes for these labels, got {logits.shape[1]}")
     return logits.shape[1]

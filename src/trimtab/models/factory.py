@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import trimtab.models.classify  # (registers our models in timm)
-import trimtab.models.dense  # noqa: F401
+import trimtab.models.dense
+import trimtab.models.restore  # noqa: F401
 from trimtab.core.artifact import WEIGHTS, load, save
 from trimtab.core.edit import apply, remember_base
 from trimtab.core.errors import TrimtabError
@@ -80,6 +81,13 @@ def create_model(
     if weights is not None:
         load_weights(model, weights)
     return model
+
+
+def shape_for(data: Any) -> dict[str, Any]:
+    """The arguments of `create_model` that some data decide: classes, channels and size, or the scale of restoration."""
+    if getattr(data, "task", "classify") == "restore":
+        return {"in_chans": data.in_chans, "scale": data.scale}
+    return {"num_classes": data.num_classes, "in_chans": data.in_chans, "img_size": data.size}
 
 
 def list_models(filter: str = "*", *, ours: bool = False) -> list[str]:
@@ -165,6 +173,8 @@ def _tell_input(model: nn.Module, in_chans: int | None, size: tuple[int, int] | 
     cfg = getattr(model, "pretrained_cfg", None)
     if isinstance(cfg, Mapping) and cfg.get("input_size"):
         channels, *native = cfg["input_size"]
+        if size is not None and len(size) != len(native):
+            raise ValueError(f"img_size is for images, and {type(model).__name__} takes volumes; leave it out")
         vars(model)["pretrained_cfg"] = {**cfg, "input_size": (in_chans or channels, *(size or native))}
 
 

@@ -12,8 +12,8 @@ from timm.layers import SelectAdaptivePool2d
 from torch import Tensor
 
 
-def check_image_input(x: Tensor, in_chans: int) -> None:
-    """Raise ValueError unless `x` is a batch of images (B, `in_chans`, H, W).
+def check_image_input(x: Tensor, in_chans: int, dims: int = 2) -> None:
+    """Raise ValueError unless `x` is a batch of images (B, `in_chans`, H, W), or with 3 `dims` of volumes.
 
     >>> import torch
     >>> check_image_input(torch.zeros(2, 1, 8, 8), in_chans=3)
@@ -21,8 +21,9 @@ def check_image_input(x: Tensor, in_chans: int) -> None:
         ...
     ValueError: input must be a batch of images (B, 3, H, W), got shape (2, 1, 8, 8)
     """
-    if x.ndim != 4 or x.shape[1] != in_chans:
-        raise ValueError(f"input must be a batch of images (B, {in_chans}, H, W), got shape {tuple(x.shape)}")
+    if x.ndim != dims + 2 or x.shape[1] != in_chans:
+        want = f"images (B, {in_chans}, H, W)" if dims == 2 else f"volumes (B, {in_chans}, D, H, W)"
+        raise ValueError(f"input must be a batch of {want}, got shape {tuple(x.shape)}")
 
 
 def check_sizes(**values: int) -> None:

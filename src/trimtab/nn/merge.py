@@ -2,19 +2,22 @@
 
 It says so with a method ``merged_parts()``: the names of the submodules that can be simpler ("" is the module itself),
 and what takes the place of each: a `Plain` layer, or None for nothing. `trimtab.compress.merge` carries that out on any
-model. The arithmetic that such layers share is here; it runs in float64, whatever the type of the weights.
+model, by `put`. The arithmetic that such layers share is here; it runs in float64, whatever the type of the weights.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from trimtab.core.edit import Edit, Remove, Replace, apply
 from trimtab.core.errors import SurgeryError
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -34,6 +37,22 @@ class Mergeable(Protocol):
     """A module that knows its plain equivalent."""
 
     def merged_parts(self) -> Mapping[str, Plain | None]: ...
+
+
+def put(model: nn.Module, parts: Mapping[str, Plain | None]) -> nn.Module:
+    """A copy of `model` with these layers, or nothing, in the places named; its edits are remembered."""
+    with torch.random.fork_rng(devices=[]):  # the weights of new layers are drawn, then filled in
+        new = apply(copy.deepcopy(model), edits_of(parts))
+    state = new.state_dict(keep_vars=True)
+    for name, plain in parts.items():
+        for leaf, value in (plain.tensors if plain else {}).items():
+            state[f"{name}.{leaf}"].data = value  # of the type it had: `apply` makes float32 layers
+    return new
+
+
+def edits_of(parts: Mapping[str, Plain | None]) -> list[Edit]:
+    """What `put` does to the structure."""
+    return [Remove(name) if p is None else Replace(name, p.path, p.kwargs) for name, p in parts.items()]
 
 
 def plain_conv(

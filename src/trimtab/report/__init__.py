@@ -5,7 +5,8 @@
     ''
 
 Everything here takes the *run*: the plain JSON dictionary that ``trimtab compact`` returns and writes as ``run.json``.
-Any key of it may be missing or null; what depends on it is then left out. Nothing here imports torch.
+Any key of it may be missing or null; what depends on it is then left out. `pictures` draws what a network saw instead.
+Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ if TYPE_CHECKING:
     from .card import model_card
     from .page import layers_plot, write
     from .pareto import pareto_svg
+    from .pictures import draw_boxes, draw_mask, side_by_side
     from .sensitivity import sensitivity_svg
+    from .streams import stream_svg
 
-__all__ = ["layers_plot", "model_card", "pareto_svg", "sensitivity_svg", "write"]
+__all__ = ["layers_plot", "model_card", "pareto_svg", "sensitivity_svg", "stream_svg", "write"]
+__all__ += ["draw_boxes", "draw_mask", "side_by_side"]
 
 _HOME = {
     "write": "page",
@@ -28,6 +32,10 @@ _HOME = {
     "model_card": "card",
     "pareto_svg": "pareto",
     "sensitivity_svg": "sensitivity",
+    "draw_boxes": "pictures",
+    "draw_mask": "pictures",
+    "side_by_side": "pictures",
+    "stream_svg": "streams",
 }
 
 __getattr__, __dir__ = lazy(__name__, _HOME)

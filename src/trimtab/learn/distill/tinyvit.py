@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from trimtab.core.card import Card, Claim
 from trimtab.core.errors import ArtifactError, DataError
 from trimtab.core.files import write_text
+from trimtab.core.records import Records
 from trimtab.data import Augment, Data, normalise
 from trimtab.learn.evaluate import evaluating
 from trimtab.learn.frozen import Frozen
@@ -39,7 +40,6 @@ from trimtab.learn.losses import soft_ce
 from trimtab.learn.mix import Mixup
 from trimtab.learn.objective import Batch, Context, Losses, Objective, probe
 from trimtab.learn.progress import Bar
-from trimtab.learn.records import Records
 from trimtab.learn.settings import Settings
 
 CARD = Card(

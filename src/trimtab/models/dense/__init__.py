@@ -1,5 +1,5 @@
 """Networks with an answer per pixel. Importing this package registers ours in timm."""
 
-from trimtab.models.dense import mamba_unets
+from trimtab.models.dense import dtop, lite_fpn, mamba_unets, reversible_unet, ssd
 
-__all__ = ["mamba_unets"]
+__all__ = ["dtop", "lite_fpn", "mamba_unets", "reversible_unet", "ssd"]

@@ -23,35 +23,10 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trimtab.nn.classifier import Classifier, check_image_input, check_sizes
+from trimtab.nn.classifier import check_sizes
 from trimtab.nn.scan import SCANS
+from trimtab.nn.segmenter import Segmenter
 from trimtab.nn.ssm import S6, Down, PatchMerging, VSSBlock, init_linears
-
-
-class Segmenter(Classifier):
-    """Base of our segmenters: timm's face of a classifier, for every pixel. The classifier is a 1 x 1 convolution."""
-
-    per_pixel = True  # for what must know that labels are maps
-    multiple: int  # of which height and width must be
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a fresh classifier on; 0 classes leaves the features (B, C, H, W). There is nothing to pool."""
-        check_sizes(num_classes=num_classes)
-        like = next(self.parameters())
-        self.num_classes = num_classes
-        head = nn.Conv2d(self.head_hidden_size, num_classes, 1) if num_classes else nn.Identity()
-        self.head = head.to(device=like.device, dtype=like.dtype).train(self.training)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, C, H, W) -> (B, num_classes, H, W)."""
-        x = F.dropout(x, self.drop_rate, self.training)
-        return x if pre_logits else self.head(x)
-
-    def _check(self, x: Tensor) -> None:
-        check_image_input(x, self.in_chans)
-        if x.shape[2] % self.multiple or x.shape[3] % self.multiple:
-            raise ValueError(f"height and width must be multiples of {self.multiple}, got {tuple(x.shape[2:])}")
-
 
 # -------------------------------------------------------------------------------------------------------------- VM-UNet
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from trimtab.core.errors import ArtifactError
-from trimtab.learn.records import Records
+from trimtab.core.records import Records
 
 KIND = np.dtype([("seed", "<i4"), ("values", "<f2", (3,))])
 WRITE_FOREVER = """
 import sys, time
 from pathlib import Path
-from trimtab.learn import records
+from trimtab.core import records
 records._EVERY = 0.0
 table = records.Records(Path(sys.argv[1]), records.np.dtype([("seed", "<i4"), ("values", "<f2", (3,))]), 10**9)
 with table.append(0) as out:

@@ -1,0 +1,210 @@
+"""Running networks that segment, detect or restore: from a picture to what can be shown, at the picture's own size.
+
+What a network of each task gives, as a file too: segment: logits (B, K, h, w). detect: (B, N, 4 + K), the corners
+x1, y1, x2, y2 of N boxes as shares of width and height, then the probability of each class; boxes that overlap are
+still in, and are sorted out here. restore: pictures (B, C, s h, s w) in [0, 1].
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from trimtab.core.errors import ArtifactError, DataError
+from trimtab.core.onnx_file import open_session
+from trimtab.core.spec import InputSpec
+from trimtab.deploy.runtime import read_notes
+
+Run = Callable[[np.ndarray], np.ndarray]  # float32 (B, C, H, W) -> outputs
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """The class of every pixel.
+
+    Attributes:
+        mask: uint8 (H, W), positions in the labels.
+        shares: of the picture that each class has, largest first, without those it does not have.
+    """
+
+    mask: np.ndarray
+    shares: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Detected:
+    """The objects in a picture, the surest first.
+
+    Attributes:
+        boxes: float32 (N, 4): x1, y1, x2, y2 in pixels of the picture.
+        scores: float32 (N,). index: int64 (N,), positions in the labels. labels: their names.
+    """
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    index: np.ndarray
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Restored:
+    """The picture, larger and sharper."""
+
+    image: Image.Image
+
+
+Answer = Segmented | Detected | Restored
+
+
+class Vision:
+    """Looks at pictures with a network for one of these tasks.
+
+    Args:
+        run: the network. spec: its input. labels: names of its classes.
+        least: objects with a lower score are not told. overlap: the most that two boxes of a class may.
+    """
+
+    def __init__(
+        self, run: Run, spec: InputSpec, labels: list[str] | None, *, least: float = 0.3, overlap: float = 0.45
+    ) -> None:
+        if spec.task not in ("segment", "detect", "restore"):
+            raise ValueError(f"spec.task must be segment, detect or restore, got {spec.task!r}")
+        for name, value in (("least", least), ("overlap", overlap)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must be 0 to 1, got {value}")
+        self.run, self.spec, self.labels, self.least, self.overlap = run, spec, labels, least, overlap
+
+    def predict(self, images: Any) -> list[Any]:
+        """`Segmented`, `Detected` or `Restored` for each picture: a path, a PIL image, a uint8 array (H, W[, C]).
+
+        Raises:
+            DataError: a picture that cannot be read.
+        """
+        if isinstance(images, str | bytes | os.PathLike | np.ndarray) or not isinstance(images, Iterable):
+            images = [images]
+        look = {"segment": self._segment, "detect": self._detect, "restore": self._restore}[self.spec.task]
+        return [look(opened(image)) for image in images]
+
+    def _segment(self, picture: Image.Image) -> Segmented:
+        mask = self._outputs(picture)[0].argmax(0).astype(np.uint8)
+        mask = np.asarray(Image.fromarray(mask).resize(picture.size, Image.Resampling.NEAREST))
+        counts = np.bincount(mask.reshape(-1))
+        seen = [int(k) for k in np.argsort(-counts, kind="stable") if counts[k]]
+        return Segmented(mask, {self._name(k): float(counts[k] / mask.size) for k in seen})
+
+    def _detect(self, picture: Image.Image) -> Detected:
+        out = self._outputs(picture)[0]
+        boxes, scores, index = select(out[:, :4], out[:, 4:], least=self.least, overlap=self.overlap)
+        w, h = picture.size
+        boxes = np.clip(boxes, 0, 1) * np.array([w, h, w, h], np.float32)
+        return Detected(boxes, scores, index, tuple(self._name(int(k)) for k in index))
+
+    def _restore(self, picture: Image.Image) -> Restored:
+        from trimtab.data.images import picture_pixels
+
+        rgb = picture_pixels(picture, 3)[None].astype(np.float32) / 255
+        if self.spec.size[0] == 3:
+            out = self.run(rgb)
+        else:  # the network has the luma; colour is enlarged by the cubic
+            import torch
+
+            from trimtab.nn.resize import rgb_to_ycbcr, upscale, ycbcr_to_rgb
+
+            y = rgb_to_ycbcr(torch.from_numpy(rgb))
+            high = torch.from_numpy(self.run(y[:, :1].numpy()))
+            colour = upscale(y[:, 1:], high.shape[-1] // rgb.shape[-1])
+            out = ycbcr_to_rgb(torch.cat([high, colour], 1)).numpy()
+        pixels = np.rint(out[0].clip(0, 1) * 255).astype(np.uint8)
+        return Restored(Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))))
+
+    def _outputs(self, picture: Image.Image) -> np.ndarray:
+        from trimtab.data.images import preprocess
+
+        return self.run(preprocess(picture, self.spec)[None])
+
+    def _name(self, index: int) -> str:
+        return self.labels[index] if self.labels and index < len(self.labels) else str(index)
+
+
+class OnnxVision(Vision):
+    """The same from an `.onnx` file that trimtab exported, in ONNX Runtime on the CPU.
+
+    Raises:
+        ArtifactError: no such file, damaged, not exported by trimtab, or a classifier.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, threads: int = 1, **limits: float) -> None:
+        spec, labels, _ = read_notes(path)
+        if spec.task == "classify":
+            raise ArtifactError(f"{path} is a classifier; open it with OnnxModel")
+        session = open_session(path, threads=threads)
+        name, shape = session.get_inputs()[0].name, session.get_inputs()[0].shape
+
+        def run(images: np.ndarray) -> np.ndarray:
+            for have, want in zip(images.shape, shape):
+                if isinstance(want, int) and have != want:
+                    raise ValueError(f"{path} takes pictures of {shape}, got {list(images.shape)}")
+            return np.asarray(session.run(None, {name: np.ascontiguousarray(images, np.float32)})[0])
+
+        super().__init__(run, spec, labels, **limits)
+
+
+def opened(image: Any) -> Image.Image:
+    """An upright RGB or grey picture from a path, bytes, a PIL image or an array.
+
+    Raises:
+        DataError: when it cannot be read.
+    """
+    from PIL import ImageOps
+
+    from trimtab.data.images import Unreadable, open_image
+
+    try:
+        if isinstance(image, np.ndarray):
+            return Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image)
+        found = open_image(image)
+        found.load()
+        return ImageOps.exif_transpose(found)
+    except (Unreadable, OSError) as e:
+        name = "the image" if isinstance(image, (bytes, Image.Image)) else str(image)
+        raise DataError(f"{name} cannot be read: {e}") from e
+
+
+def select(
+    boxes: np.ndarray, scores: np.ndarray, *, least: float = 0.01, overlap: float = 0.45, per_class: int = 400,
+    keep: int = 200,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """Class by class the best boxes, without those that overlap a better one (non-maximum suppression).
+
+    Args:
+        boxes: corners (N, 4). scores: (N, K).
+        least: scores up to this are nothing. overlap: largest intersection over union of two boxes of a class.
+        per_class: boxes of a class that are looked at. keep: boxes of all classes together.
+
+    Returns:
+        boxes (n, 4), scores (n,) and classes (n,), best first.
+
+    >>> same = np.array([[0, 0, 1, 1], [0, 0, 1, 0.9], [2, 2, 3, 3]], np.float32)
+    >>> select(same, np.array([[0.9], [0.8], [0.7]], np.float32))[1].tolist()
+    [0.8999999761581421, 0.699999988079071]
+    """
+    found: list[tuple[float, int, int]] = []  # score, row, class
+    area = (boxes[:, 2] - boxes[:, 0]).clip(0) * (boxes[:, 3] - boxes[:, 1]).clip(0)
+    for k in range(scores.shape[1]):
+        order = np.argsort(-scores[:, k], kind="stable")[:per_class]
+        order = order[scores[order, k] > least]
+        while len(order):
+            best, rest = order[0], order[1:]
+            found.append((float(scores[best, k]), int(best), k))
+            low = np.maximum(boxes[best, :2], boxes[rest, :2])
+            high = np.minimum(boxes[best, 2:], boxes[rest, 2:])
+            shared = (high - low).clip(0).prod(1)
+            order = rest[shared <= overlap * (area[best] + area[rest] - shared)]
+    found = sorted(found, key=lambda f: -f[0])[:keep]
+    rows = np.array([f[1] for f in found], np.int64)
+    return boxes[rows], np.array([f[0] for f in found], np.float32), np.array([f[2] for f in found], np.int64)
