@@ -209,8 +209,8 @@ def _rate_distortion(
         },
         context.seeds,
         where,
-        f"Points of accuracy ahead at equal bytes, from the lowest rate to the highest: {said} (where the smallest picture "
-        f"is larger than what is sent, it is compared all the same); the lower half decides. Against 8 bits: "
+        f"Points of accuracy ahead at equal bytes, from the lowest rate to the highest: {said} (where the smallest "
+        f"picture is larger than what is sent, it is compared all the same); the lower half decides. Against 8 bits: "
         f"{top[0]:.0f} for {eight[0]:.0f} bytes, {100 * (top[1] - eight[1]):+.1f} points. So little training does "
         f"not bring the decoder near the teacher, whatever the rate. BPG and neural image codecs were not run.",
     )
