@@ -19,9 +19,9 @@ from trimtab.core.cost import measure
 from trimtab.data import Data
 from trimtab.learn.adapt import ReplayBuffer, Stream, adab2n, class_incremental, replay
 from trimtab.learn.adapt.adab2n import convert, next_momentum, norm_flops, task_batch
-from trimtab.learn.modes import eval_mode
 from trimtab.learn.taps import taps
 from trimtab.models import create_model
+from trimtab.nn.modes import eval_mode
 
 LEVEL = 4
 NET = "resnet8_mlperf_tiny"

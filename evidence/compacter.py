@@ -1,4 +1,4 @@
-"""Compacter on a ViT (five classes of CIFAR-10 after five others) and on a small BERT (SST-2), both trained on the spot.
+"""Compacter on a ViT (five classes of CIFAR-10 after five others) and a small BERT (SST-2), both trained on the spot.
 
 The ViT is trained on half of the classes and transferred to the other half with 300 images; the BERT is trained on
 masked words of all sentences, without labels, and transferred with 1000 of them. Every method tries two learning rates
@@ -108,7 +108,7 @@ def _growth() -> ClaimResult:
         {f"{width}x{k}": own(width, k) for width, k in sizes},
         {f"{width}x{k}": 2 * width * k + k + width for width, k in sizes},
         data="counted",
-        note="3 (d + k) of an adapter's own, biases included, and n^3 = 64 once for all; the baseline is 2 d k + d + k.",
+        note="3 (d + k) of an adapter's own, biases included, n^3 = 64 once for all; the baseline is 2 d k + d + k.",
     )
 
 
@@ -182,7 +182,7 @@ def _vit(context: Context, seed: int) -> tuple[nn.Module, Any, str]:
     return net, new, f"{data.name}, {len(new.splits['train'])} images of 5 new classes"
 
 
-# --------------------------------------------------------------------------------------------------------- the sentences
+# -------------------------------------------------------------------------------------------------------- the sentences
 
 
 class Sentences(nn.Module):

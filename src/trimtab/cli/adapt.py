@@ -24,7 +24,8 @@ def adapt(
         str,
         typer.Option(
             help="nmc, slca, adab2n, replay learn a stream; finetune and joint are its floor and ceiling; hvcm finds "
-            "images of no known class; compacter and adapters train adapters in a frozen transformer."
+            "images of no known class; compacter and adapters train adapters in a frozen transformer; mlc "
+            "clusters without labels."
         ),
     ] = "nmc",
     kind: Annotated[
@@ -62,6 +63,7 @@ def adapt(
       trimtab adapt big/ --data photos/ --method finetune --kind domain --set shift=permute --epochs 2
       trimtab adapt vit_tiny_patch16_224 --data photos/ --pretrained --method compacter --set n=4 --epochs 20
       trimtab adapt resnet20_cifar --data photos/ --method hvcm --set hold_out=3 --epochs 30
+      trimtab adapt big/ --data photos/ --method mlc --set clusters=20 --epochs 40
     """
     options = arguments.options_of(given)
     said = {"kind": kind, "tasks": tasks, "epochs": epochs, "batch_size": batch_size, "lr": lr}

@@ -110,6 +110,11 @@ def adapted(value: Mapping[str, Any]) -> None:
         print(f"trained {report['trained']} of {report['base']} parameters ({report['share']:.3%})")
         print(f"  {report['file']!s:32} {words('size', report['bytes'])}")
         return
+    if "clustering" in report:
+        rows = [{"by": by, **{k: f"{v:.3f}" for k, v in m.items()}} for by, m in report["clustering"].items()]
+        title = f"{report['clusters']} clusters of {report['images']} training images"
+        table(rows, {"by": title, "acc": "accuracy", "nmi": "NMI", "ari": "ARI"}, "")
+        return
     if "learned" not in report:
         print("accuracy  " + ", ".join(f"{k} {words('accuracy', v)}" for k, v in report["accuracy"].items()))
         rows = [

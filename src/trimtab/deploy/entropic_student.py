@@ -38,10 +38,10 @@ from trimtab.deploy.split.parts import Rest, bottleneck_of
 from trimtab.learn.distill.kd import KD
 from trimtab.learn.fit import fit
 from trimtab.learn.frozen import Frozen
-from trimtab.learn.modes import eval_mode
 from trimtab.learn.objective import Batch, Context, Losses, Objective
 from trimtab.learn.rng import isolated
 from trimtab.learn.taps import taps
+from trimtab.nn.modes import eval_mode
 
 CARD = Card(
     slug="entropic_student",

@@ -206,8 +206,8 @@ def _dequantize(model: ModelProto, node: NodeProto, codes: np.ndarray, scale: np
 def _late_bias(model: ModelProto, node: NodeProto, held: dict[str, np.ndarray], ndim: int) -> None:
     """The bias as a sum after the product, where ONNX Runtime leaves it in float32.
 
-    Inside the product it is rounded, when the file is loaded, to multiples of the scales of input and weight multiplied:
-    fine steps with 8 bits, coarse ones with fewer.
+    Inside the product it is rounded, when the file is loaded, to multiples of the scale of the input times that of the
+    weight: fine steps with 8 bits, coarse ones with fewer.
     """
     bias = held.get(node.input[2]) if len(node.input) > 2 else None
     if bias is None or (node.op_type == "Gemm" and attribute(node, "beta", 1.0) != 1):

@@ -21,8 +21,8 @@ from trimtab.learn.optim import make_optimizer, param_groups
 from trimtab.learn.schedule import Schedule
 from trimtab.learn.settings import Settings
 from trimtab.learn.stages import Stages, stages
-from trimtab.learn.tasks import Detect, Restore, Segment
 from trimtab.learn.taps import taps
+from trimtab.learn.tasks import Detect, Restore, Segment
 
 if TYPE_CHECKING:
     from trimtab.learn.distill.kd import KD

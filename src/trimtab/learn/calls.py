@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.learn.modes import eval_mode
+from trimtab.nn.modes import eval_mode
 
 
 @dataclass(eq=False)

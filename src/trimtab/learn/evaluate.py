@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trimtab.core.errors import DataError
-from trimtab.learn.modes import eval_mode
 from trimtab.learn.objective import Batch, Objective
+from trimtab.nn.modes import eval_mode
 
 
 def evaluate(

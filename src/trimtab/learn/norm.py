@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from trimtab.learn.modes import eval_mode
+from trimtab.nn.modes import eval_mode
 
 
 @contextmanager

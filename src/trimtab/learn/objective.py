@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from trimtab.data.images import VOID
 from trimtab.learn.losses import soft_ce
-from trimtab.learn.modes import eval_mode
+from trimtab.nn.modes import eval_mode
 
 if TYPE_CHECKING:
     from trimtab.learn.settings import Settings

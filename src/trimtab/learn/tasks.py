@@ -18,8 +18,8 @@ from trimtab.core.errors import DataError, need
 from trimtab.data.images import VOID
 from trimtab.learn.evaluate import Tally
 from trimtab.learn.losses import soft_ce
-from trimtab.learn.modes import eval_mode
 from trimtab.learn.objective import Batch, Classify, Context, Losses, Objective, check_logits, probe
+from trimtab.nn.modes import eval_mode
 
 Reduce = Callable[[Tensor], Tensor]  # the sum over processes
 

@@ -84,7 +84,7 @@ def create_model(
 
 
 def shape_for(data: Any) -> dict[str, Any]:
-    """The arguments of `create_model` that some data decide: classes, channels and size, or the scale of restoration."""
+    """The arguments of `create_model` that data decide: classes, channels and size, or the scale of restoration."""
     if getattr(data, "task", "classify") == "restore":
         return {"in_chans": data.in_chans, "scale": data.scale}
     return {"num_classes": data.num_classes, "in_chans": data.in_chans, "img_size": data.size}

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from trimtab.core.edit import Edit, Insert
 from trimtab.core.errors import SurgeryError
-from trimtab.learn.modes import eval_mode
+from trimtab.nn.modes import eval_mode
 
 RESOLUTION = "resolution"
 _HOW = {"mode": "bicubic", "align_corners": False}

@@ -327,11 +327,11 @@ def test_another_base_is_refused(tmp_path):
         other.blocks[1].mlp.fc1.weight[0, 0] += 1e-6
     with pytest.raises(ArtifactError, match="trained on another base"):
         load_adapters(other, file)
-    with pytest.raises(ArtifactError, match="blocks.1"):
+    with pytest.raises(ArtifactError, match=r"no module .blocks\.1"):
         load_adapters(vit(depth=1), file)
     with pytest.raises(ArtifactError, match=r"head.bias is \(10,\), the base has \(3,\)"):
         load_adapters(vit(num_classes=3), file)
-    with pytest.raises(ArtifactError, match="does not fit this base"):
+    with pytest.raises(ArtifactError, match="it has adapters already"):
         load_adapters(compacter(vit(), bottleneck=8), file)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 
 from trimtab.core.errors import SurgeryError
-from trimtab.learn.modes import eval_mode
+from trimtab.nn.modes import eval_mode
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from trimtab.compress.graph.trace import module_of
-from trimtab.learn.modes import eval_mode
+from trimtab.nn.modes import eval_mode
 
 if TYPE_CHECKING:
     from trimtab.compress.graph.channels import ChannelGraph

@@ -8,7 +8,8 @@ from trimtab.learn.adapt.adapters import adapters, count, freeze, load_adapters,
 from trimtab.learn.adapt.baselines import classifier, finetune, joint
 from trimtab.learn.adapt.compacter import collapse, compacter
 from trimtab.learn.adapt.hvcm import hvcm, hvcm_scores
-from trimtab.learn.adapt.metrics import StreamResult
+from trimtab.learn.adapt.metrics import StreamResult, cluster_metrics
+from trimtab.learn.adapt.mlc import Clusters, mlc
 from trimtab.learn.adapt.nmc import NearestMeanClassifier, nmc
 from trimtab.learn.adapt.ood import compare, hold_out, noise, ood_metrics, post_hoc
 from trimtab.learn.adapt.replay import ReplayBuffer, replay
@@ -44,6 +45,9 @@ __all__ = [
     "adab2n",
     "hvcm",
     "hvcm_scores",
+    "mlc",
+    "Clusters",
+    "cluster_metrics",
     "ood_metrics",
     "compare",
     "post_hoc",

@@ -259,6 +259,8 @@ def load_adapters(base: nn.Module, path: str | Path) -> nn.Module:
         ArtifactError: the file is damaged, or the base is another one.
     """
     tensors, edits, digest = _read(Path(path))
+    if any(isinstance(m, Adapter) for m in base.modules()):
+        raise ArtifactError(f"{path} does not fit this base: it has adapters already")
     try:
         shapes = edit.apply(edit.meta_copy(base), edits).state_dict()
     except EditError as e:

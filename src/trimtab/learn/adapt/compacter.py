@@ -74,7 +74,7 @@ class HypercomplexLinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """A from N(0, 0.01^2), each s_i and t_i Glorot-uniform with gain sqrt 2: H is tiny, the adapter near identity."""
+        """A from N(0, 0.01^2), each s_i, t_i Glorot-uniform with gain sqrt 2: H is tiny, the adapter near identity."""
         nn.init.normal_(self.mix, std=0.01)
         for factors in (self.left, self.right):
             for factor in factors:

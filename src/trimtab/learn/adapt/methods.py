@@ -6,6 +6,7 @@ on images of others. Adapters are trained in a frozen network: `method(model, da
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ STREAMED = ("finetune", "joint", "replay", "nmc", "slca", "adab2n")
 INSERTED = ("adapters", "compacter")
 STREAM: dict[str, Any] = {"kind": "class", "tasks": 5, "sizes": None, "order": None, "shift": "rotate", "seed": 0}
 STRANGE: dict[str, Any] = {"hold_out": None, "strange": ()}
+CLUSTERS: dict[str, Any] = {"clusters": None}
 FREE = ("out", "resume", "progress")  # said to all methods; those that do not take them do not hear it
 
 
@@ -41,9 +43,9 @@ def names() -> list[str]:
     """All methods.
 
     >>> names()
-    ['adab2n', 'adapters', 'compacter', 'finetune', 'hvcm', 'joint', 'nmc', 'replay', 'slca']
+    ['adab2n', 'adapters', 'compacter', 'finetune', 'hvcm', 'joint', 'mlc', 'nmc', 'replay', 'slca']
     """
-    return sorted([*STREAMED, *INSERTED, "hvcm"])
+    return sorted([*STREAMED, *INSERTED, "hvcm", "mlc"])
 
 
 def parameters(method: str) -> dict[str, Any]:
@@ -58,7 +60,7 @@ def parameters(method: str) -> dict[str, Any]:
     if method not in names():
         raise ValueError(f"method must be one of {', '.join(names())}, got {method!r}")
     more = STREAM if method in STREAMED else STRANGE if method == "hvcm" else {}
-    return more | training.parameters(_find(method))
+    return more | training.parameters(_find(method)) | (CLUSTERS if method == "mlc" else {})
 
 
 def check(method: str, options: dict[str, Any]) -> None:
@@ -71,7 +73,8 @@ def run(method: str, model: nn.Module, data: Data, **options: Any) -> Adapted:
 
     Args:
         **options: of the method, for streams also those of `make_stream`. For `hvcm`: `hold_out`, classes that are left
-            out of training and are then strange, how many or which; `strange`, more data sets of strange images.
+            out of training and are then strange, how many or which; `strange`, more data sets of strange images. For
+            `mlc`: `clusters`, as many as classes or more.
 
     Raises:
         ValueError: an option is unknown or does not fit the data.
@@ -81,6 +84,8 @@ def run(method: str, model: nn.Module, data: Data, **options: Any) -> Adapted:
     check(method, given)
     if method == "hvcm":
         return _density(model, data, **given)
+    if method == "mlc":
+        return _clusters(model, data, **given)
     if method in INSERTED:
         return _inserted(method, model, data, **given)
     from trimtab.learn.adapt.streams import make_stream
@@ -108,6 +113,31 @@ def _inserted(method: str, model: nn.Module, data: Data, *, out: Any = None, **g
         file = Path(out) / "adapters.safetensors"
         report |= {"file": str(file), "bytes": save_adapters(small, file)}
     return Adapted(small, data, report)
+
+
+def _clusters(
+    model: nn.Module, data: Data, *, clusters: int | None = None, seed: int = 0, **given: Any
+) -> Adapted:  # fmt: skip
+    """MLC, and beside it the usual clusters of the same features. Each gets the name of the class that fits it best."""
+    from trimtab.learn.adapt.metrics import cluster_metrics
+    from trimtab.learn.adapt.mlc import mlc, rivals
+
+    k = clusters if clusters is not None else data.num_classes
+    if k < data.num_classes:
+        raise ValueError(
+            f"clusters must be at least {data.num_classes}, the classes of the data, so that the model can be "
+            f"evaluated, got {k}; trimtab.learn.adapt.mlc takes any number"
+        )
+    labels = data.splits["train"].labels
+    found = mlc(model, data, clusters=k, seed=seed, **given).named(labels)
+    same = {"mlc": found.labels[found.rows], **rivals(found.features[found.rows], k, seed=seed)}
+    report = {
+        "method": "mlc", "clusters": k, "images": len(found.rows),
+        "clustering": {name: cluster_metrics(c, labels[found.rows]) for name, c in same.items()},
+    }  # fmt: skip
+    more = copy(data)
+    more.class_names = [*data.class_names, *(f"cluster {i}" for i in range(data.num_classes, k))]
+    return Adapted(found.model, more, report)
 
 
 def _density(

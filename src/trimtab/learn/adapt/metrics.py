@@ -1,4 +1,4 @@
-"""What the field measures on a stream: the table of accuracies R, and the numbers made of it.
+"""What the field measures on a stream: the table of accuracies R, and the numbers made of it; and of clusters.
 
 ``R[i][j]`` is the accuracy on the test images of task j after task i was learned. Lopez-Paz and Ranzato (2017) define
 average accuracy, backward and forward transfer, Chaudhry et al. (2018) forgetting.
@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 Row = list[float | None]  # accuracy by task; None: the task is not measured yet
 
@@ -109,6 +110,38 @@ class StreamResult:
             "images": self.images, "before": self.before, "so_far": self.so_far, "seconds": self.seconds,
             **{name: getattr(self, name) for name in numbers}, **self.details,
         }  # fmt: skip
+
+
+def match_clusters(found: Tensor, labels: Tensor, *, size: int | None = None) -> Tensor:
+    """For each cluster the class that it stands for, one to one, such that most samples agree (Hungarian method).
+
+    Args:
+        found, labels: int64 (N,). size: how many of both there are, if more than are seen.
+
+    >>> match_clusters(torch.tensor([0, 0, 1, 2]), torch.tensor([1, 1, 0, 2])).tolist()
+    [1, 0, 2]
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    k = max(int(found.max()) + 1, int(labels.max()) + 1, size or 0)
+    table = torch.bincount(found * k + labels, minlength=k * k).view(k, k)
+    return torch.from_numpy(linear_sum_assignment(table.numpy(), maximize=True)[1])
+
+
+def cluster_metrics(found: Tensor, labels: Tensor) -> dict[str, float]:
+    """How well clusters (N,) agree with classes (N,), whatever their numbers.
+
+    Returns:
+        ``acc``, the share of samples that are right if each cluster is the class of `match_clusters`; ``nmi``,
+        normalized mutual information (arithmetic mean); ``ari``, adjusted Rand index.
+    """
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+    return {
+        "acc": float((match_clusters(found, labels)[found] == labels).double().mean()),
+        "nmi": float(normalized_mutual_info_score(labels, found)),
+        "ari": float(adjusted_rand_score(labels, found)),
+    }
 
 
 def _known(values: Sequence[float | None]) -> list[float]:

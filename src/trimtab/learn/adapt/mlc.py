@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import logging
 from copy import copy, deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from trimtab.core.card import Card, Claim
 from trimtab.core.edit import Edit, Replace, SetAttr, apply
 from trimtab.data import Data, Split
 from trimtab.learn.adapt.frame import TRAINING
+from trimtab.learn.adapt.metrics import match_clusters
 from trimtab.learn.fit import fit
 from trimtab.learn.objective import Batch, Context, Objective
 from trimtab.learn.settings import Settings
@@ -309,6 +310,18 @@ class Clusters:
     rows: Tensor
     membership: Tensor
     history: list[dict[str, Any]]
+
+    def named(self, labels: Tensor) -> Clusters:
+        """The same clusters in another order, that of the classes which they match best one to one.
+
+        Args:
+            labels: int64 (N,), the classes of the samples.
+        """
+        model = deepcopy(self.model)
+        head: Any = next(m for m in model.modules() if isinstance(m, MLCHead))
+        order = match_clusters(self.labels, labels, size=len(head.basis))
+        head.basis = head.basis[order.argsort()]
+        return replace(self, model=model, labels=order[self.labels])
 
 
 def mlc(

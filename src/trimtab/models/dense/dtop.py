@@ -490,7 +490,7 @@ def _cfg(side: int, num_classes: int) -> dict[str, Any]:
         "mean": (0.5, 0.5, 0.5),
         "std": (0.5, 0.5, 0.5),
         "first_conv": "backbone.patch_embed.proj",
-        "classifier": (),
+        "classifier": ("heads.0.fc", "heads.1.fc", "heads.2.fc"),  # where heads are linear
     }
 
 

@@ -37,9 +37,9 @@ from trimtab.core.edit import Edit, Insert, Narrow, SetAttr, Widen, apply, descr
 from trimtab.core.errors import BudgetError
 from trimtab.learn.evaluate import evaluate
 from trimtab.learn.fit import fit
-from trimtab.learn.modes import eval_mode
 from trimtab.learn.settings import Settings
 from trimtab.models.classify.secnn import SECNN, ConvLayer
+from trimtab.nn.modes import eval_mode
 from trimtab.search.candidates import Tried
 from trimtab.search.supernet import Found
 

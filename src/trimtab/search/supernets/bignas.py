@@ -26,9 +26,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from trimtab.core.budget import Budget
 from trimtab.core.card import Card, Claim
 from trimtab.core.example import example_of
-from trimtab.learn.modes import eval_mode
 from trimtab.learn.schedule import Schedule
 from trimtab.models.classify.mbconv import MBConvNet
+from trimtab.nn.modes import eval_mode
 from trimtab.search.from_builder import Rule
 from trimtab.search.space import Space
 from trimtab.search.supernet import elastic
