@@ -13,7 +13,8 @@ them. `joint` searches a supernet for network and schedule together.
 Differences to the paper. The network is the graph of `torch.export`, so nothing is said about blocks: splits are found
 wherever one map is all that is needed. Memory of squeeze-and-excitation is counted (250 bytes in the released network).
 The engine that makes C for microcontrollers is not here: the schedule is saved as ONNX parts with a table of windows,
-and runs in ONNX Runtime, in float32, where a number takes four bytes instead of one. Detection heads stay part of the network's rest.
+and runs in ONNX Runtime, in float32, where a number takes four bytes instead of one. Detection heads stay part of the
+network's rest.
 """
 
 from __future__ import annotations

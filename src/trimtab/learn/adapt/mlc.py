@@ -320,6 +320,8 @@ class Clusters:
         model = deepcopy(self.model)
         head: Any = next(m for m in model.modules() if isinstance(m, MLCHead))
         order = match_clusters(self.labels, labels, size=len(head.basis))
+        if len(order) > len(head.basis):
+            raise ValueError(f"clusters must be as many as classes ({len(order)}) to have names, got {len(head.basis)}")
         head.basis = head.basis[order.argsort()]
         return replace(self, model=model, labels=order[self.labels])
 
