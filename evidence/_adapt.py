@@ -30,18 +30,22 @@ def images(context: Context, *, train: int, test: int, seed: int = 0) -> Data:
 
 def network(context: Context, data: Data) -> tuple[nn.Module, str]:
     """A ResNet-20, and in words where its weights are from; its classifier is fresh."""
-    model = create_model("resnet20_cifar", num_classes=10, in_chans=3, seed=0)
-    words = "random weights"
-    if context.data is not None:
-        path = Path(context.data).resolve().parents[1] / "weights" / "cifar10_resnet20.safetensors"
-        if path.is_file():
-            model = create_model("resnet20_cifar", num_classes=10, in_chans=3, weights=path)
-            words = "published CIFAR-10 weights"
+    file = weights_of(context, 20)
+    model = create_model("resnet20_cifar", num_classes=10, in_chans=3, weights=file, seed=0)
+    words = "random weights" if file is None else "published CIFAR-10 weights"
     classifier: Any = model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         classifier.reset_classifier(data.num_classes)
     return model, words
+
+
+def weights_of(context: Context, depth: int) -> Path | None:
+    """The file of published CIFAR-10 weights of a ResNet, if there is one."""
+    if context.data is None or context.smoke:
+        return None
+    file = Path(context.data).resolve().parents[1] / "weights" / f"cifar10_resnet{depth}.safetensors"
+    return file if file.is_file() else None
 
 
 def as_images(model: nn.Module, data: Data) -> Data:

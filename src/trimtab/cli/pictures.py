@@ -19,22 +19,16 @@ def told(vision: Vision, file: Path, out: Path | None, files: Sequence[Path]) ->
 
     picture = opened(file)
     (seen,) = vision.predict(picture)
-    value: dict[str, Any] = {"image": str(file)}
+    value: dict[str, Any] = {"image": str(file), **seen.plain()}
     drawn: dict[str, Image.Image] = {}
     if isinstance(seen, Segmented):
         from PIL import Image
 
-        value["classes"] = [{"label": label, "share": share} for label, share in seen.shares.items()]
         drawn = {"": draw_mask(picture, seen.mask), "-mask": Image.fromarray(seen.mask)}
     elif isinstance(seen, Detected):
-        value["objects"] = [
-            {"label": label, "confidence": score, "box": [round(v, 1) for v in box]}
-            for label, score, box in zip(seen.labels, seen.scores.tolist(), seen.boxes.tolist(), strict=True)
-        ]
         words = [f"{o['label']} {o['confidence']:.0%}" for o in value["objects"]]
         drawn = {"": draw_boxes(picture, seen.boxes, seen.index.tolist(), words)}
     else:
-        value["size"] = list(seen.image.size)
         drawn = {"": seen.image}
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)

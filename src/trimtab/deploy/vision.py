@@ -35,6 +35,10 @@ class Segmented:
     mask: np.ndarray
     shares: Mapping[str, float]
 
+    def plain(self) -> dict[str, Any]:
+        """As JSON values, without the mask."""
+        return {"classes": [{"label": label, "share": share} for label, share in self.shares.items()]}
+
 
 @dataclass(frozen=True)
 class Detected:
@@ -50,12 +54,21 @@ class Detected:
     index: np.ndarray
     labels: tuple[str, ...]
 
+    def plain(self) -> dict[str, Any]:
+        """As JSON values."""
+        found = zip(self.labels, self.scores.tolist(), self.boxes.tolist(), strict=True)
+        return {"objects": [{"label": n, "confidence": s, "box": [round(v, 1) for v in box]} for n, s, box in found]}
+
 
 @dataclass(frozen=True)
 class Restored:
     """The picture, larger and sharper."""
 
     image: Image.Image
+
+    def plain(self) -> dict[str, Any]:
+        """Its width and height as JSON values."""
+        return {"size": list(self.image.size)}
 
 
 Answer = Segmented | Detected | Restored
@@ -87,45 +100,58 @@ class Vision:
         """
         if isinstance(images, str | bytes | os.PathLike | np.ndarray) or not isinstance(images, Iterable):
             images = [images]
-        look = {"segment": self._segment, "detect": self._detect, "restore": self._restore}[self.spec.task]
-        return [look(opened(image)) for image in images]
+        pictures = (opened(image) for image in images)
+        return [self.answer(picture, self.run(self.prepare(picture)[None])[0]) for picture in pictures]
 
-    def _segment(self, picture: Image.Image) -> Segmented:
-        mask = self._outputs(picture)[0].argmax(0).astype(np.uint8)
+    def prepare(self, picture: Image.Image) -> np.ndarray:
+        """What the network is fed: float32 (C, H, W)."""
+        from trimtab.data.images import picture_pixels, preprocess
+
+        if self.spec.task != "restore":
+            return preprocess(picture, self.spec)
+        rgb = picture_pixels(picture, 3).astype(np.float32) / 255
+        return rgb if self.spec.size[0] == 3 else self._luma_and_colour(rgb)[0]
+
+    def answer(self, picture: Image.Image, output: np.ndarray) -> Answer:
+        """What the output of the network for one picture says of it."""
+        if self.spec.task == "segment":
+            return self._segment(picture, output)
+        return (self._detect if self.spec.task == "detect" else self._restore)(picture, output)
+
+    def _segment(self, picture: Image.Image, output: np.ndarray) -> Segmented:
+        mask = output.argmax(0).astype(np.uint8)
         mask = np.asarray(Image.fromarray(mask).resize(picture.size, Image.Resampling.NEAREST))
         counts = np.bincount(mask.reshape(-1))
         seen = [int(k) for k in np.argsort(-counts, kind="stable") if counts[k]]
         return Segmented(mask, {self._name(k): float(counts[k] / mask.size) for k in seen})
 
-    def _detect(self, picture: Image.Image) -> Detected:
-        out = self._outputs(picture)[0]
-        boxes, scores, index = select(out[:, :4], out[:, 4:], least=self.least, overlap=self.overlap)
+    def _detect(self, picture: Image.Image, output: np.ndarray) -> Detected:
+        boxes, scores, index = select(output[:, :4], output[:, 4:], least=self.least, overlap=self.overlap)
         w, h = picture.size
         boxes = np.clip(boxes, 0, 1) * np.array([w, h, w, h], np.float32)
         return Detected(boxes, scores, index, tuple(self._name(int(k)) for k in index))
 
-    def _restore(self, picture: Image.Image) -> Restored:
-        from trimtab.data.images import picture_pixels
-
-        rgb = picture_pixels(picture, 3)[None].astype(np.float32) / 255
-        if self.spec.size[0] == 3:
-            out = self.run(rgb)
-        else:  # the network has the luma; colour is enlarged by the cubic
+    def _restore(self, picture: Image.Image, output: np.ndarray) -> Restored:
+        if self.spec.size[0] == 1:  # the network had the luma; colour is enlarged by the cubic
             import torch
 
-            from trimtab.nn.resize import rgb_to_ycbcr, upscale, ycbcr_to_rgb
+            from trimtab.data.images import picture_pixels
+            from trimtab.nn.resize import upscale, ycbcr_to_rgb
 
-            y = rgb_to_ycbcr(torch.from_numpy(rgb))
-            high = torch.from_numpy(self.run(y[:, :1].numpy()))
-            colour = upscale(y[:, 1:], high.shape[-1] // rgb.shape[-1])
-            out = ycbcr_to_rgb(torch.cat([high, colour], 1)).numpy()
-        pixels = np.rint(out[0].clip(0, 1) * 255).astype(np.uint8)
+            _, colour = self._luma_and_colour(picture_pixels(picture, 3).astype(np.float32) / 255)
+            large = upscale(torch.from_numpy(colour)[None], output.shape[-1] // colour.shape[-1])
+            output = ycbcr_to_rgb(torch.cat([torch.from_numpy(output)[None], large], 1))[0].numpy()
+        pixels = np.rint(output.clip(0, 1) * 255).astype(np.uint8)
         return Restored(Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))))
 
-    def _outputs(self, picture: Image.Image) -> np.ndarray:
-        from trimtab.data.images import preprocess
+    @staticmethod
+    def _luma_and_colour(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        import torch
 
-        return self.run(preprocess(picture, self.spec)[None])
+        from trimtab.nn.resize import rgb_to_ycbcr
+
+        y = rgb_to_ycbcr(torch.from_numpy(rgb)[None])[0].numpy()
+        return y[:1], y[1:]
 
     def _name(self, index: int) -> str:
         return self.labels[index] if self.labels and index < len(self.labels) else str(index)

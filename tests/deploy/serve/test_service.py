@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import itertools
 import json
 import re
@@ -17,6 +19,7 @@ from typing import Any
 import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
+from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 import trimtab as tt
@@ -27,6 +30,7 @@ from trimtab.core.errors import ArtifactError, MissingExtra
 from trimtab.deploy import OnnxModel
 from trimtab.deploy.serve import Limits, create_app
 from trimtab.deploy.serve.server import opened
+from trimtab.models.factory import shape_for
 
 PNG = {"content-type": "image/png"}
 
@@ -227,11 +231,34 @@ def test_an_artifact_is_served_as_its_export(tmp_path: Path) -> None:
     net = tt.create_model("trim_1k", num_classes=3, in_chans=3)
     tt.save(net, tmp_path / "kept", spec=SPEC, labels=LABELS)
     model = opened(tmp_path / "kept")
-    assert (model.path.name, model.spec, model.labels) == ("kept.onnx", SPEC, LABELS) and not model.path.exists()
+    assert (model.name, model.task, model.size, model.labels) == ("kept.onnx", "classify", SPEC.size, LABELS)
     assert create_app(model).openapi()["paths"].keys() == {"/", "/health", "/metrics", "/predict"}
     tt.save(net, tmp_path / "bare")
     with pytest.raises(ArtifactError, match="does not say what input"):
         opened(tmp_path / "bare")
+
+
+@pytest.mark.parametrize(("task", "name"), [("segment", "lite_fpn"), ("detect", "ssd_nano"), ("restore", "espcn_x2")])
+def test_other_tasks_are_served(task: str, name: str, tmp_path: Path) -> None:
+    data = tt.load_data("scenes:classes=2,size=32,n=30", task=task, **({"scale": 2} if task == "restore" else {}))
+    net = tt.create_model(name, **shape_for(data))
+    tt.export(net, tmp_path / "net.onnx", data=data, exporter="classic", check=False)
+    with running(tmp_path / "net.onnx") as service, httpx.Client(base_url=service.address, timeout=20) as client:
+        assert client.get("/health").json()["task"] == task
+        answers = [client.post("/predict", content=picture(size=s), headers=PNG) for s in ((40, 30), (24, 52))]
+        told = [a.json() for a in answers]
+        assert [a.status_code for a in answers] == [200, 200] and {t["task"] for t in told} == {task}
+        for value, (w, h) in zip(told, ((40, 30), (24, 52))):
+            if task == "segment":
+                mask = Image.open(io.BytesIO(base64.b64decode(value["mask"])))
+                assert mask.size == (w, h) and sum(c["share"] for c in value["classes"]) == pytest.approx(1)
+            elif task == "detect":
+                assert all(0 <= v <= max(w, h) for o in value["objects"] for v in o["box"])
+            else:
+                large = Image.open(io.BytesIO(base64.b64decode(value["picture"])))
+                assert list(large.size) == value["size"] == [2 * w, 2 * h]
+        if task == "restore":
+            assert client.post("/predict", content=picture(size=(1200, 1000)), headers=PNG).status_code == 413
 
 
 def test_wrong_use_is_one_line(colour: Path, capsys: pytest.CaptureFixture[str], service: Service) -> None:

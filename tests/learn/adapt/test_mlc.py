@@ -42,12 +42,13 @@ def subspaces(noise: float = 0.0, seed: int = 0) -> tuple[Tensor, Tensor]:
     return z + noise * directions(100, 12, seed), torch.arange(4).repeat_interleave(25)
 
 
-def curves(n: int = 60, noise: float = 0.1, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Four closed curves around the origin of 24 dimensions, each in three directions of its own."""
+def spheres(n: int = 100, noise: float = 0.05, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Four spheres around the origin of 24 dimensions, each in three directions of its own, bent."""
     g = torch.Generator().manual_seed(seed)
-    t = 2 * math.pi * torch.rand(4, n, generator=g)
-    parts = torch.stack([t.cos(), t.sin(), 0.5 * (2 * t).cos()], -1)  # (4, n, 3)
-    x = torch.einsum("knr,krd->knd", parts, torch.randn(4, 3, 24, generator=g) / 24**0.5).flatten(0, 1)
+    points = F.normalize(torch.randn(4, n, 3, generator=g), dim=2)
+    span = torch.linalg.qr(torch.randn(4, 24, 3, generator=g))[0]
+    x = torch.einsum("knr,kdr->knd", points, span).flatten(0, 1)
+    x = x + 0.15 * (3 * x @ (torch.randn(24, 24, generator=g) / 24**0.5)).tanh()
     return x + noise * torch.randn(x.shape, generator=g), torch.arange(4).repeat_interleave(n)
 
 
@@ -144,7 +145,7 @@ def test_blocks_are_found_by_their_eigenvectors():
 
 def test_the_head_has_the_size_of_the_open_code_and_nothing_for_a_sample():
     assert sum(p.numel() for p in MLCHead(768, 10).parameters()) == 20_988_160
-    x, _ = curves(20)
+    x, _ = spheres(20)
     few, many = (mlc(x[: len(x) // part], clusters=2, epochs=1, **SMALL).model.state_dict() for part in (2, 1))
     assert {k: v.shape for k, v in few.items()} == {k: v.shape for k, v in many.items()}
 
@@ -204,11 +205,11 @@ def test_bfloat16_does_not_reach_the_determinants():
 
 @pytest.fixture(scope="module")
 def straightened():
-    x, labels = curves()
-    return mlc(x, clusters=4, epochs=30, lr=0.01, **SMALL | {"hidden": 64}), x, labels
+    x, labels = spheres()
+    return mlc(x, clusters=4, epochs=40, lr=0.01, **SMALL | {"hidden": 64}), x, labels
 
 
-def test_curves_that_k_means_mixes_become_subspaces(straightened):
+def test_spheres_that_k_means_mixes_become_subspaces(straightened):
     found, x, labels = straightened
     acc = cluster_metrics(found.labels, labels)["acc"]
     assert acc > cluster_metrics(rivals(x, 4)["k-means"], labels)["acc"] + 0.2
@@ -236,7 +237,7 @@ def test_new_points_are_placed_by_a_forward_pass(straightened):
 
 
 def test_the_same_seed_gives_the_same_clusters():
-    x, _ = curves(20)
+    x, _ = spheres(20)
     first, again = (mlc(x, clusters=4, epochs=2, seed=3, **SMALL) for _ in range(2))
     assert torch.equal(first.labels, again.labels) and torch.equal(first.membership, again.membership)
 

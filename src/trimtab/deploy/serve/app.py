@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.resources import files
 from typing import Annotated, Any
 
@@ -23,7 +24,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from trimtab import __version__
-from trimtab.deploy.runtime import OnnxModel, softmax
+from trimtab.deploy.serve.answers import Served
 from trimtab.deploy.serve.batching import Batcher, Busy
 from trimtab.deploy.serve.uploads import FORM, Limits, Refused, prepare, read
 
@@ -50,6 +51,49 @@ class Classified(BaseModel):
     label: str
     confidence: float
     top: list[Guess]
+
+
+class Share(BaseModel):
+    """A class and its share of the picture, 0 to 1."""
+
+    label: str
+    share: float
+
+
+class Segmented(BaseModel):
+    """The class of every pixel: `mask` is a PNG in base64 whose pixels are positions in the labels."""
+
+    task: str
+    classes: list[Share]
+    mask: str
+
+
+class Thing(BaseModel):
+    """An object: its class, the confidence, and x1, y1, x2, y2 in pixels of the picture."""
+
+    label: str
+    confidence: float
+    box: list[float]
+
+
+class Detected(BaseModel):
+    """The objects in the picture, the surest first."""
+
+    task: str
+    objects: list[Thing]
+
+
+class Restored(BaseModel):
+    """The restored picture, a PNG in base64, and its width and height."""
+
+    task: str
+    size: list[int]
+    picture: str
+
+
+_ANSWERS: dict[str, type[BaseModel]] = {
+    "classify": Classified, "segment": Segmented, "detect": Detected, "restore": Restored,
+}  # fmt: skip
 
 
 class Health(BaseModel):
@@ -131,24 +175,18 @@ class Counted:
             self.metrics.request(scope["path"], status, time.perf_counter() - start)
 
 
-def create_app(model: OnnxModel, limits: Limits | None = None) -> FastAPI:
-    """The service for one model, as an ASGI application.
-
-    Raises:
-        ValueError: a model of a task that is not served.
-    """
-    if model.spec.task not in _ANSWERS:
-        raise ValueError(f"only models that {' or '.join(_ANSWERS)} can be served, got one for {model.spec.task!r}")
-    limits = limits or Limits()
-    metrics, answer = Metrics(), _ANSWERS[model.spec.task]
+def create_app(model: Served, limits: Limits | None = None) -> FastAPI:
+    """The service for one model, as an ASGI application."""
+    limits, metrics = limits or Limits(), Metrics()
+    max_pixels, max_batch = min(limits.max_pixels, model.max_pixels), limits.max_batch if model.together else 1
     page = files(__package__).joinpath("page.html").read_text("utf-8")
-    model.logits(np.zeros((limits.max_batch, *model.spec.size), np.float32))  # memory is taken now, not at the first
+    model.run(np.zeros((max_batch, *model.size), np.float32))  # memory is taken now, not at the first
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.batcher = Batcher(
-            model.logits,
-            max_batch=limits.max_batch,
+            model.run,
+            max_batch=max_batch,
             max_wait=limits.max_wait,
             places=limits.places,
             seen=metrics.batch,
@@ -172,12 +210,12 @@ def create_app(model: OnnxModel, limits: Limits | None = None) -> FastAPI:
         """That the service answers, and what it serves."""
         return Health(
             status="ok",
-            model=model.path.name,
-            task=model.spec.task,
-            input=list(model.spec.size),
+            model=model.name,
+            task=model.task,
+            input=list(model.size),
             labels=len(model.labels),
             max_bytes=limits.max_bytes,
-            max_pixels=limits.max_pixels,
+            max_pixels=max_pixels,
             version=__version__,
         )
 
@@ -188,38 +226,28 @@ def create_app(model: OnnxModel, limits: Limits | None = None) -> FastAPI:
 
     @app.post(
         "/predict",
-        response_model=Classified,
+        response_model=_ANSWERS[model.task],
         responses={status: {"model": Problem, "description": text} for status, text in _REFUSALS.items()},
         openapi_extra={"requestBody": _BODY},
     )
     async def predict(request: Request, top: Annotated[int, Query(ge=1, le=1000)] = 5) -> Response:
-        """What is in a picture: send it as the file of a form, or its bytes as the body."""
+        """What is in a picture: send it as the file of a form, or its bytes as the body. `top` is for classifiers."""
         batcher: Batcher = app.state.batcher
         try:
             with batcher.place():
                 async with asyncio.timeout(limits.seconds):
                     data = await read(request, limits.max_bytes)
-                    loop = asyncio.get_running_loop()
-                    x = await loop.run_in_executor(app.state.decoders, prepare, data, model.spec, limits.max_pixels)
-                    output = await batcher(x)
+                    threads = partial(asyncio.get_running_loop().run_in_executor, app.state.decoders)
+                    prepared = await threads(prepare, data, model, max_pixels)
+                    output = await batcher(prepared.x)
+                    value = await threads(model.answer, prepared, output, top)
         except Busy as e:
             raise Refused(429, f"{e}; try again", {"Retry-After": "1"}) from e
         except TimeoutError as e:
             raise Refused(408, f"not complete within {limits.seconds:g} seconds") from e
-        return JSONResponse({"task": model.spec.task} | answer(model, output, top))
+        return JSONResponse({"task": model.task} | value)
 
     return app
-
-
-def _classified(model: OnnxModel, logits: np.ndarray, top: int) -> dict[str, Any]:
-    p = softmax(logits)
-    best = np.argsort(-p, kind="stable")[:top]
-    names = dict(enumerate(model.labels))
-    guesses = [{"label": names.get(i, str(i)), "confidence": float(p[i])} for i in best.tolist()]
-    return guesses[0] | {"top": guesses}
-
-
-_ANSWERS = {"classify": _classified}
 
 
 def _explain_errors(app: FastAPI) -> None:

@@ -22,10 +22,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from trimtab.core.artifact import read_manifest
 from trimtab.core.errors import ArtifactError
-from trimtab.deploy.runtime import OnnxModel
+from trimtab.deploy.runtime import OnnxModel, read_notes
+from trimtab.deploy.serve.answers import Classifier, Looker, Served
 from trimtab.deploy.serve.app import create_app
 from trimtab.deploy.serve.uploads import Limits
 from trimtab.deploy.sockets import listen, name_of
+from trimtab.deploy.vision import OnnxVision
 
 MAX_CONNECTIONS = 512  # open at once, idle ones too; what comes on top is closed at once
 
@@ -69,14 +71,16 @@ def serve(
     _Server(config).run(sockets=[listening])
 
 
-def opened(path: str | Path, *, threads: int = 1) -> OnnxModel:
+def opened(path: str | Path, *, threads: int = 1) -> Served:
     """The model in a file, or in an artifact; nothing is left on disk.
 
     Raises:
         ArtifactError: it is neither, or says nothing about its input.
     """
     if not os.path.isdir(path):
-        return OnnxModel(path, threads=threads)
+        if read_notes(path)[0].task == "classify":
+            return Classifier(OnnxModel(path, threads=threads), Path(path).name)
+        return Looker(OnnxVision(path, threads=threads), Path(path).name)
     from trimtab.deploy.to_onnx import export
     from trimtab.models import load
 
@@ -86,7 +90,7 @@ def opened(path: str | Path, *, threads: int = 1) -> OnnxModel:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"{Path(path).resolve().name}.onnx"
         export(load(path), file, spec=manifest.input_spec, labels=manifest.labels)
-        return OnnxModel(file, threads=threads)
+        return opened(file, threads=threads)
 
 
 class _Server(uvicorn.Server):

@@ -9,14 +9,13 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 
-import numpy as np
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
 from trimtab.core.errors import DataError
-from trimtab.core.spec import InputSpec
-from trimtab.data.images import TooManyPixels, Unreadable, open_image, preprocess
+from trimtab.data.images import TooManyPixels, Unreadable, open_image
+from trimtab.deploy.serve.answers import Prepared, Served
 
 RAW = ("image/", "application/octet-stream")
 FORM = "multipart/form-data"
@@ -75,8 +74,8 @@ async def read(request: Request, max_bytes: int) -> bytes:
     return data
 
 
-def prepare(data: bytes, spec: InputSpec, max_pixels: int) -> np.ndarray:
-    """What the model is fed, float32 (C, H, W).
+def prepare(data: bytes, served: Served, max_pixels: int) -> Prepared:
+    """What the model is fed.
 
     Raises:
         Refused: too many pixels (413), no picture (415), or one that cannot be decoded (422).
@@ -92,7 +91,7 @@ def prepare(data: bytes, spec: InputSpec, max_pixels: int) -> np.ndarray:
     except Unreadable as e:
         raise Refused(415, str(e)) from e
     try:
-        return preprocess(data, spec)
+        return served.prepare(data)
     except DataError as e:
         raise Refused(422, str(e)) from e
 
