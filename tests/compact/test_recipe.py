@@ -42,7 +42,7 @@ def test_a_recipe_runs_and_a_second_run_repeats_nothing(tmp_path, monkeypatch):
         (("kd: {{teacher: big}}", "kd: {{teacher: bigger}}"), "earlier phase"),
         (("kd: {{teacher: big}}", "magic: {{}}"), "objective must be one of"),
         (("  - export: {{int8: true}}", "  - explode: {{}}"), "explode"),
-        (("  - export: {{int8: true}}", "  - {{}}"), "expected one of train, compress, search, export"),
+        (("  - export: {{int8: true}}", "  - {{}}"), "expected one of train, compress, search, adapt, curate, export"),
         (("size<=20KB", "size<20KB"), "expected <= or >="),
         (("data: digits", "data: [unclosed"), "not YAML"),
     ],

@@ -77,13 +77,17 @@ class Kept:
         """Data as the model was trained to see them: its size, channels, mean and standard deviation.
 
         Raises:
-            ValueError: the classes are not the model's.
+            ValueError: the classes are not the model's, or it is for volumes.
         """
         from trimtab.data import load_data
 
         if self.spec is None:
             loaded = load_data(source, seed=seed)
         else:
+            if len(self.spec.size) != 3:
+                raise ValueError(
+                    f"{self.path} is for volumes {self.spec.size}, which cannot be loaded from here; use Python"
+                )
             channels, height, width = self.spec.size
             given: dict[str, Any] = {"in_chans": channels, "seed": seed, **self.loading}
             if self.task == "restore":

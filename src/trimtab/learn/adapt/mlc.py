@@ -231,7 +231,7 @@ class RateReduction(Objective):
             raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
         self.at, self.eps2, self.eta, self.weight = at, eps2, eta, weight
         self.spread, self.invariance, self.init, self.views = spread, invariance, init, views
-        self.copied = False
+        self._copied = False
 
     def prepare(self, data: Any, settings: Settings, device: torch.device) -> Any:
         return _Pairs(data) if self.views else data
@@ -239,8 +239,8 @@ class RateReduction(Objective):
     def losses(self, model: nn.Module, batch: Batch, ctx: Context) -> dict[str, Tensor]:
         head: Any = model.get_submodule(self.at)
         spreading = ctx.progress < self.spread
-        if not spreading and not self.copied:
-            self.copied = True
+        if not spreading and not self._copied:
+            self._copied = True
             if self.init == "copy":
                 head.code.load_state_dict(head.feature.state_dict())
         with torch.autocast(batch["image"].device.type, enabled=False):  # determinants need float32
@@ -259,10 +259,10 @@ class RateReduction(Objective):
         return head.codes(pooled_features(model, images, before=self.at) if self.at else images)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"copied": self.copied}
+        return {"copied": self._copied}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.copied = state["copied"]
+        self._copied = state["copied"]
 
 
 class _Pairs:
@@ -530,4 +530,6 @@ def _check_numbers(n: int, clusters: int, dim: int, rank: int | None, graph: int
     if graph < clusters:
         raise ValueError(f"graph must be at least clusters ({clusters}), got {graph}")
     if batch < 4 * clusters:
-        log.warning("a batch of %d samples has few of each of %d clusters; larger ones separate better", batch, clusters)
+        log.warning(
+            "a batch of %d samples has few of each of %d clusters; larger ones separate better", batch, clusters
+        )
