@@ -119,9 +119,10 @@ def _objective(context: Context, acc: Any, shape: Any, real: Any, where: str, n:
          **{k: v for k, v in table.items() if ", mlc," not in k}},
         context.seeds,
         f"{SPHERES} spheres of {n} samples; {where}",
-        f"Holds: rank (for {ENERGY:.0%} of the energy) at most {RANK + 2}, cosine between clusters less than half, accuracy above "
-        f"k-means and spectral clustering everywhere. Geometry: {'holds' if straight else 'does not hold'}. Not above: "
-        f"{behind or 'none'}. Features of networks trained with labels are already as clear as those networks are right.",
+        f"Holds: rank (for {ENERGY:.0%} of the energy) at most {RANK + 2}, cosine between clusters less than half, "
+        "accuracy above k-means and spectral clustering everywhere. Geometry: "
+        f"{'holds' if straight else 'does not hold'}. Not above: {behind or 'none'}. Features of networks trained with "
+        "labels are already as clear as those networks are right.",
     )  # fmt: skip
 
 

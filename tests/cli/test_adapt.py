@@ -78,7 +78,7 @@ def test_started_again_nothing_is_learned_twice(trimtab, monkeypatch):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--method", "wish"), "method must be one of adab2n, adapters, compacter, finetune, hvcm, joint, nmc, replay"),
+        (("--method", "wish"), "method must be one of adab2n, adapters, compacter, finetune, hvcm"),
         (("--set", "metrik=cosine"), "nmc has no option 'metrik'"),
         (("--method", "nmc", "--epochs", "3"), "nmc has no option 'epochs'"),
         (("--method", "hvcm", "--tasks", "3"), "hvcm has no option 'tasks'"),

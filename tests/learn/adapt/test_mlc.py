@@ -226,7 +226,7 @@ def test_what_was_found_is_a_membership_of_the_samples_drawn(straightened):
 
 
 def test_new_points_are_placed_by_a_forward_pass(straightened):
-    found, x, labels = straightened
+    found, x, _ = straightened
     new = x + 0.02 * torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         scores = found.model(new)

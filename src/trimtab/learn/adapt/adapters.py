@@ -67,8 +67,9 @@ class BottleneckAdapter(Adapter):
     """Two ordinary linear layers, D -> k -> D, near the identity at first: weights from N(0, 0.01^2), no bias."""
 
     def __init__(self, width: int, bottleneck: int) -> None:
-        super().__init__(nn.Linear(width, bottleneck), nn.Linear(bottleneck, width))
-        for layer in (self.down, self.up):
+        down, up = nn.Linear(width, bottleneck), nn.Linear(bottleneck, width)
+        super().__init__(down, up)
+        for layer in (down, up):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
 
@@ -334,7 +335,8 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
         found.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        found.update(value.view(-1).view(torch.uint8).numpy())
+        raw: Any = value.view(-1).view(torch.uint8).numpy()
+        found.update(raw)
     return found.hexdigest()
 
 
