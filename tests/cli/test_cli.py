@@ -24,6 +24,8 @@ COMMANDS = [
     "compress",
     "run",
     "search",
+    "curate",
+    "adapt",
     "measure",
     "predict",
     "export",

@@ -18,8 +18,9 @@ def run() -> dict[str, Any]:
     return sample.realistic()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    """For the tests of one file: while it is open, an event loop runs, and others could not start theirs."""
     problem = chromium.missing()
     if problem and os.environ.get("CI"):
         pytest.fail(problem)

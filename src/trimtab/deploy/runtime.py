@@ -190,7 +190,7 @@ def batches(
     own = data.spec
     left = limit
     for batch in loader:
-        images, labels = batch["image"].numpy(), batch.get("label", batch["index"]).numpy()
+        images, labels = batch["image"].numpy(), batch["label" if "label" in batch else "index"].numpy()
         if spec is not None:
             images = renormalise(images, own, spec)
         if left is not None:

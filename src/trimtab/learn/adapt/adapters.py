@@ -43,6 +43,7 @@ OUTPUTS = {
         r"(^|\.)((mlp|ffn|feed_forward)\.(fc2|lin2|c_proj|down_proj)|DenseReluDense|layers?\.\d+\.(fc2|output\.dense))$"
     ),
 }
+SEQUENCE = re.compile(r"(^|\.)(mlp|ffn|feed_forward)$")  # a plain nn.Sequential of this name: its last linear layer
 HEADS = ("classifier", "score", "qa_outputs", "head")  # where transformers and others keep what makes logits
 TRAINING: dict[str, Any] = {"opt": "adamw", "sched": "linear", "warmup": 0.05, "weight_decay": 0.0}
 
@@ -133,6 +134,7 @@ def places(model: nn.Module, *, attention: bool = True, layers: str | Sequence[s
     if layers is None:
         kinds = list(OUTPUTS) if attention else ["feed_forward"]
         hits = {kind: [name for name in names if OUTPUTS[kind].search(name)] for kind in kinds}
+        hits["feed_forward"] += _ends_of_sequences(model)
     else:
         patterns = [layers] if isinstance(layers, str) else layers
         hits = {pattern: fnmatch.filter(names, pattern) for pattern in patterns}
@@ -147,6 +149,14 @@ def places(model: nn.Module, *, attention: bool = True, layers: str | Sequence[s
     if not chosen:
         raise SurgeryError(f"layers must name modules of the model, got {layers!r}")
     return {name: _width(model, name) for name in names if name in chosen}
+
+
+def _ends_of_sequences(model: nn.Module) -> list[str]:
+    ends = []
+    for name, module in model.named_modules():
+        if SEQUENCE.search(name) and isinstance(module, nn.Sequential):
+            ends += [f"{name}.{leaf}" for leaf, m in module.named_children() if isinstance(m, nn.Linear)][-1:]
+    return ends
 
 
 def insert(

@@ -385,7 +385,7 @@ _NETS: dict[str, tuple[Callable[..., SSD], int, int, int, str, dict[str, Any]]] 
     "ssd300_vgg16_coco": (_vgg, 300, 80, 6, "body.features.0", _300 | {"scales": (7, 15, 90)}),
     "ssd512_vgg16": (_vgg, 512, 20, 7, "body.features.0", _512 | {"scales": (7, 15, 90)}),
     "ssd512_vgg16_coco": (_vgg, 512, 80, 7, "body.features.0", _512 | {"scales": (4, 10, 90)}),
-    "ssd_lite": (_lite, 320, 20, 6, "", {}),
+    "ssd_lite": (_lite, 320, 20, 6, "body.backbone.conv_stem", {}),
     "ssd_nano": (_nano, 128, 20, 4, "body.stem.0", {}),
 }
 
