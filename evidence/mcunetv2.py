@@ -166,7 +166,8 @@ def _joint(context: Context) -> ClaimResult:
         f"{data.name} at {SIDE} pixels, {len(data.splits['train'])} training images, {epochs} epochs",
         "Baseline: the most accurate of the networks on validation images, then the schedule of lowest peak for it. "
         "Together: the most accurate of those that some schedule brings into three quarters of that. All 24 networks "
-        "of one supernet were looked at; where none comes down to that, together counts as alone. The paper's networks need ImageNet; only the mechanism is shown.",
+        "of one supernet were looked at; where none comes down to that, together counts as alone. The paper's networks "
+        "need ImageNet; only the mechanism is shown.",
     )
 
 
