@@ -13,10 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import io
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +31,7 @@ from trimtab.core import log
 from trimtab.core.spec import InputSpec
 from trimtab.data import preprocess
 from trimtab.deploy import OnnxModel
+from trimtab.testing import serving
 
 RESULT = Path(__file__).parent / "results" / "serving.json"
 SPEC = InputSpec((3, 32, 32), (0.5,) * 3, (0.25,) * 3)
@@ -77,22 +75,10 @@ def main(argv: list[str] | None = None) -> None:
 @contextmanager
 def served(file: Path) -> Iterator[tuple[str, int]]:
     """A server process; gives its host and port."""
-    command = [sys.executable, "-m", "trimtab", "serve", str(file), "--port", "0", "--json"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    try:
-        said = ""
-        while not said.endswith("}\n"):
-            line = process.stdout.readline()
-            if not line:
-                raise RuntimeError("the server did not start")
-            said += line
-        url = urlsplit(json.loads(said)["address"])
+    with serving(file) as (_, address):
+        url = urlsplit(address)
         assert url.hostname is not None and url.port is not None
         yield url.hostname, url.port
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def _loop(model: OnnxModel, picture: bytes, pictures: int, times: list[float]) -> Callable[[], int]:

@@ -10,10 +10,7 @@ training images. Three seeds take about five minutes of one CPU core.
 from __future__ import annotations
 
 import io
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -41,6 +38,7 @@ from trimtab.deploy.split.parts import Rest, bottleneck_of, export
 from trimtab.learn import KD, Batch, Classify, evaluate, fit
 from trimtab.learn.rng import isolated
 from trimtab.models import create_model
+from trimtab.testing import serving
 
 LEVEL = 4
 SPLIT = "test"
@@ -291,21 +289,9 @@ def _wire(net: nn.Module, data: Any, x: Tensor, context: Context) -> ClaimResult
 
 @contextmanager
 def _server(folder: Path) -> Iterator[tuple[str, int]]:
-    command = [sys.executable, "-m", "trimtab", "serve", str(folder), "--port", "0", "--json"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    try:
-        said = ""
-        while not said.endswith("}\n"):
-            line = process.stdout.readline()
-            if not line:
-                raise RuntimeError("the server did not start")
-            said += line
-        host, _, port = json.loads(said)["address"].rpartition(":")
+    with serving(folder) as (_, address):
+        host, _, port = address.rpartition(":")
         yield host, int(port)
-    finally:
-        process.terminate()
-        process.wait()
 
 
 class Halves(Classify):

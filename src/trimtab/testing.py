@@ -23,8 +23,11 @@ import copy
 import json
 import math
 import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -118,6 +121,32 @@ ModelCheck = Callable[[ModelCase], None]
 
 
 # -- models: fast ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def serving(path: str | Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """``trimtab serve`` in a process of its own, on a free port of the loopback device: the process, and its address.
+
+    It is gone when the block ends.
+
+    Raises:
+        RuntimeError: it did not start; its last words are in the message.
+    """
+    command = [sys.executable, "-m", "trimtab", "serve", str(path), "--port", "0", "--json", *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    try:
+        said = ""
+        while not said.endswith("}\n"):
+            line = process.stdout.readline()
+            if not line:
+                raise RuntimeError(f"the server did not start: {process.stderr.read().strip()[-800:]}")
+            said += line
+        yield process, json.loads(said)["address"]
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
 
 
 def check_builds(case: ModelCase) -> None:

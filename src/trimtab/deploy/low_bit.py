@@ -49,14 +49,15 @@ def store_packed(model: ModelProto) -> int:
         if bits is None:
             continue
         source = makers.get(node.input[0])
-        steps = levels * _steps(levels)
+        n = _steps(levels)
+        steps = levels * n
         integer = source is not None and source.op_type == "DequantizeLinear" and _whole(steps)
         if codes.size * bits // 8 + 4 * levels.size + 4 * scale.size + 256 <= 0.9 * weight.nbytes:
             _decode(model, node, codes, bits, levels, scale, axis, steps if integer else None)
             done += 1
         elif integer:
-            _dequantize(model, node, np.rint(steps).astype(np.int8)[codes], scale / _steps(levels), axis)
-        if integer and _steps(levels) < INT8_STEPS:
+            _dequantize(model, node, np.rint(steps).astype(np.int8)[codes], scale / n, axis)
+        if integer and n < INT8_STEPS:
             _late_bias(model, node, held, weight.ndim)
     drop_unused(model)
     return done

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import io
-import json
 import signal
 import socket
 import struct
 import subprocess
-import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +14,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from PIL import Image
+
+from trimtab.testing import serving
 
 
 class Service:
@@ -35,19 +35,8 @@ class Service:
 @contextmanager
 def running(path: Path, *options: str) -> Iterator[Service]:
     """``trimtab serve`` on a free port of the loopback device."""
-    command = [sys.executable, "-m", "trimtab", "serve", str(path), "--port", "0", "--json", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        said = ""
-        while not said.endswith("}\n"):
-            line = process.stdout.readline()
-            assert line, process.stderr.read()
-            said += line
-        yield Service(process, json.loads(said)["address"])
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+    with serving(path, *options) as (process, address):
+        yield Service(process, address)
 
 
 def picture(colour: str = "green", size: tuple[int, int] = (40, 30), form: str = "PNG") -> bytes:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from trimtab.data.images import preprocess
 from trimtab.deploy.runtime import OnnxModel, softmax
 from trimtab.deploy.vision import OnnxVision, Restored, Segmented, opened
 
@@ -65,8 +66,6 @@ class Classifier(Served):
         return self.model.logits(images)
 
     def prepare(self, data: bytes) -> Prepared:
-        from trimtab.data.images import preprocess
-
         return Prepared(preprocess(data, self.model.spec))
 
     def answer(self, prepared: Prepared, output: np.ndarray, top: int) -> dict[str, Any]:
