@@ -230,7 +230,7 @@ class Job:
         if isinstance(data, Data):
             loaded = data
         elif self.spec is not None:
-            loaded = load_data(data, image_size=self.spec.size[1:], in_chans=self.spec.size[0], seed=self.seed)
+            loaded = load_data(data, image_size=(self.spec.size[1], self.spec.size[2]), in_chans=self.spec.size[0], seed=self.seed)
         else:
             loaded = load_data(data, seed=self.seed)
         if self.spec is None:
