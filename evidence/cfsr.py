@@ -75,7 +75,7 @@ def _psnr(context: Context) -> ClaimResult:
 
 
 def _trained(context: Context, tests: dict[str, Any]) -> tuple[dict[str, list[Any]], str]:
-    epochs = context.choose(full=3, smoke=1)
+    epochs = context.choose(full=5, smoke=1)
     found: dict[str, list[Any]] = {name: [] for name in NETS}
     data: Any = None
     for seed in context.each_seed("with edges and without"):

@@ -1,11 +1,16 @@
 """SECNN: a network that grows, against its start, its end from scratch and random growth; its score; its identity.
 
-Images of 16 pixels, a start of 8 channels. On a CPU core, three seeds take about four minutes.
+Images of 16 pixels, a start of 8 channels. On a CPU core, three seeds take about six minutes.
+
+Of `criterion` a first run looked at one network a seed, scored on 128 images, two epochs after each expansion at a
+constant learning rate; the highest score won against both the lowest and a random one once in three times. A pilot on
+held-out images of the training split showed two trainings of one expansion to differ by as much as two expansions, and
+scores that left out the filters which widening adds (mended since). Now there are three networks a seed, scores on the
+paper's 512 images, four epochs with a falling learning rate, and a random expansion is the mean of all of them.
 """
 
 from __future__ import annotations
 
-import random
 import statistics
 from typing import Any
 
@@ -21,6 +26,7 @@ from trimtab.search.grow.self_expanding_cnn import expand, expansions_of, score,
 LEVEL = 4
 SIZE, WIDTH, CHANNELS, TAU = 16, 8, 4, 1.02
 POINT = 0.01
+SCORED, AFTER = 512, 4  # images (the paper's batch) and epochs of what is asked of the criterion
 
 
 def run(context: Context) -> list[ClaimResult]:
@@ -34,7 +40,7 @@ def run(context: Context) -> list[ClaimResult]:
     }
     accuracy: dict[str, list[float]] = {}
     families: list[list[dict[str, float]]] = []
-    criteria: list[dict[str, float]] = []
+    criteria: list[list[dict[str, float]]] = []
     moves: list[dict[str, float]] = []
     data: Any = None
     for seed in context.each_seed():
@@ -51,15 +57,18 @@ def run(context: Context) -> list[ClaimResult]:
             nets[name] = fit(_net(data, seed, **kind), data, epochs=epochs, seed=seed, val=None, **how).model
         for name, net in nets.items():
             accuracy.setdefault(name, []).append(evaluate(net, data, "test", device=context.device)["accuracy"])
-        context.say(f"seed {seed}: all expansions of one network")
-        criteria.append(_criterion(grown.family[0], data, seed, context, how))
+        before = grown.family[:-1]
+        places = context.choose(full=(0, len(before) // 2, len(before) - 1), smoke=(0,))
+        context.say(f"seed {seed}: all expansions of {len(places)} networks")
+        criteria.append([_criterion(before[i], data, seed, context, how) for i in places])
         moves.append(_moves(grown.family[0], data))
     where = f"{data.name} at {SIZE} pixels, {len(data.splits['train'])} training images, {epochs} epochs"
     mean = {k: statistics.fmean(v) for k, v in accuracy.items()}
     table = {k: stats(v) for k, v in accuracy.items()}
     sizes = [round(f[-1]["params"]) for f in families]
     rising = [f[-1]["val_accuracy"] > f[0]["val_accuracy"] for f in families]
-    won = sum(c["highest score"] < min(c["lowest score"], c["random"]) for c in criteria)
+    cases = [c for each in criteria for c in each]
+    won = {k: sum(c["highest score"] < c[k] for c in cases) for k in ("lowest score", "random, on average")}
     return [
         ClaimResult(
             "grow_on_demand",
@@ -82,13 +91,15 @@ def run(context: Context) -> list[ClaimResult]:
         ),
         ClaimResult(
             "criterion",
-            won > len(criteria) / 2,
+            min(won.values()) > len(cases) / 2,
             {f"seed {s}": c for s, c in zip(context.seeds, criteria)},
             {},
             context.seeds,
             where,
-            f"Validation loss two epochs after the expansion; the highest score was the best of the three {won} of "
-            f"{len(criteria)} times.",
+            f"Validation loss {AFTER} epochs after the expansion, for networks at the start, in the middle and at the "
+            f"end of the growth; what had the highest score was better than what had the lowest {won['lowest score']} "
+            f"of {len(cases)} times, and than a random expansion on average {won['random, on average']} times. That "
+            "nothing is added at a ratio of at most tau is tested.",
         ),
         ClaimResult(
             "near_preserving",
@@ -114,21 +125,22 @@ def _images(data: Any, split: str, n: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _criterion(net: nn.Module, data: Any, seed: int, context: Context, how: dict[str, Any]) -> dict[str, float]:
-    """Validation loss after two epochs of every expansion, by its score."""
+    """Validation loss some epochs after every expansion, by its score."""
     net = net.cpu()
-    x, y = _images(data, "train", 128)
+    x, y = _images(data, "train", SCORED)
     options = expansions_of(net, channels=CHANNELS)
     scores = scored(net, options, x, y, seed=seed)
     losses = []
     for e in options:
         grown = expand(net, e, x, seed=seed)
-        fit(grown, data, epochs=context.choose(full=2, smoke=1), sched="constant", seed=seed, val=None, **how)
+        fit(grown, data, epochs=context.choose(full=AFTER, smoke=1), seed=seed, val=None, **how)
         losses.append(evaluate(grown, data, "val", device=context.device)["loss"])
     ranked = [loss for _, loss in sorted(zip(scores, losses))]
     return {
+        "params": sum(p.numel() for p in net.parameters()),
         "highest score": ranked[-1],
         "lowest score": ranked[0],
-        "random": ranked[random.Random(seed).randrange(len(ranked))],
+        "random, on average": statistics.fmean(losses),
         "score before": score(net, x, y),
         "highest score of an expansion": max(scores),
     }

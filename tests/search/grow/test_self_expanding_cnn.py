@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
 from torch import nn
 
 import trimtab as tt
+from tests.elsewhere import python
 from trimtab.core.edit import from_json, history, to_json
 from trimtab.core.errors import BudgetError
 from trimtab.deploy import OnnxModel
@@ -26,6 +25,7 @@ from trimtab.search.grow.self_expanding_cnn import (
     gradients,
     layers,
     score,
+    scored,
     self_expanding_cnn,
     shape,
 )  # fmt: skip
@@ -217,6 +217,15 @@ def test_gradients_are_those_of_each_image_alone():
     assert score(net, x[:1], y[:1]) <= params(net)
 
 
+def test_new_filters_count_in_the_score_although_they_feed_nothing_yet():
+    net, x, y = start(), images(1), torch.tensor([3])  # the score of one image: all parameters that matter to it
+    for wider in expansions_of(net)[3:]:
+        grown = expand(net, wider, x)
+        filters = sum(2 * (layer.conv.weight[0].numel() + 2) for layer in layers(grown, wider.block).values())
+        assert score(grown, x, y) == pytest.approx(params(grown) - filters)
+        assert scored(net, [wider], x, y, penalty=0.0) == pytest.approx([params(grown)])
+
+
 def test_the_penalty():
     assert damped(5.0, 1000, 100, 0.0) == damped(5.0, 0, 100, 3.0) == 5.0
     ratio = [damped(eta, 30, 100, 2.0) / damped(eta, 60, 100, 2.0) for eta in (1.0, 9.0)]
@@ -251,9 +260,7 @@ def test_one_run_gives_a_family_that_is_kept_exported_and_trained_on(data, tiny,
     again, x = tt.load(tmp_path / "net"), torch.randn(3, 1, 8, 8)
     assert torch.equal(again(x), grown.model(x))
     code = f"import trimtab as tt; print(tt.measure(tt.load({str(tmp_path / 'net')!r}), (1, 8, 8)).params)"
-    assert (
-        int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) == sizes[2]
-    )
+    assert int(python(code)) == sizes[2]
     file = tt.export(again, tmp_path / "m.onnx", data=data).path
     torch.testing.assert_close(torch.from_numpy(OnnxModel(file).logits(x.numpy())), again(x), rtol=0, atol=1e-4)
     loss = [r["loss"] for r in tt.fit(again, data, epochs=3, lr=0.02, batch_size=32, progress=False).history]

@@ -7,10 +7,10 @@ before each expansion are a family of models of many sizes, from one run.
 
 What differs: by default an expansion leaves the function exactly as it is (up to rounding): what is new feeds nothing
 yet, and a LeakyReLU of slope s becomes two of slope sqrt(s) around an inserted layer, because it would otherwise scale
-negative values twice. `noise=1e-4` is the paper's almost-preserving start. The paper does not give its penalty; here
-added parameters count relative to those there are. The optimizer's momentum starts anew at every look (each is a run of
-`fit`), so that what was interrupted goes on to the same result; the schedule of the learning rate is that of the whole
-run.
+negative values twice. `noise=1e-4` is the paper's almost-preserving start; scores are computed with it in any case. The
+paper does not give its penalty; here added parameters count relative to those there are. The optimizer's momentum
+starts anew at every look (each is a run of `fit`), so that what was interrupted goes on to the same result; the
+schedule of the learning rate is that of the whole run.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ log = logging.getLogger(__name__)
 
 LAYER = "trimtab.models.classify.secnn.ConvLayer"
 _WHOLE_RUN = ("sched", "warmup", "min_lr")  # settings of `fit` that are about all epochs together
+_START = 1e-4  # the paper's scale of what is new
 _NOT_OURS = ("time_limit", "val", "patience", "keep", "on_epoch")
 
 
@@ -484,11 +485,15 @@ def scored(
     model: nn.Module, expansions: Sequence[Expansion], images: Tensor, labels: Tensor, *, penalty: float = 1.0,
     fisher: str = "diagonal", noise: float = 0.0, seed: int = 0,
 ) -> list[float]:  # fmt: skip
-    """The penalised score of each expansion, all on the same images."""
+    """The penalised score of each expansion, all on the same images.
+
+    What is new starts small in it, also where it will start at zero: what feeds a zero has no gradient, so the filters
+    that widening adds would count nothing, and inserted layers, which feed what they replace, would win.
+    """
     params = _params(model)
     found = []
     for expansion in expansions:
-        grown = expand(model, expansion, images, noise=noise, seed=seed)
+        grown = expand(model, expansion, images, noise=noise or _START, seed=seed)
         found.append(damped(score(grown, images, labels, fisher=fisher), _params(grown) - params, params, penalty))
         log.debug("%s: %.4g", "; ".join(describe(expansion.edits[:1])), found[-1])
     return found
