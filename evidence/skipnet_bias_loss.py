@@ -4,6 +4,11 @@ skip blocks; exact counts.
 The losses train a ResNet-8 (78 k parameters) on CIFAR-10 at 16 x 16 pixels, each seed from the same weights on the same
 batches. SkipNet is a quarter as wide, with a first convolution of stride 1, at 24 x 24, trained by AdamW. Three seeds
 take about five minutes of one CPU core.
+
+How diverse the features of two networks are was first compared by the variance of their last maps (0.378 with skip
+blocks, 0.400 without, over three seeds, the order changing with the seed). That number is set by the scale of the last
+norm, which is learned; the loss itself looks at it only relative to the batch. The effective rank, which no scale
+changes, was put in its place before it was computed for any network; the variance is still reported.
 """
 
 from __future__ import annotations
@@ -70,7 +75,8 @@ def _losses(context: Context) -> ClaimResult:
             net = small_net(data, seed)
             accuracy.setdefault(what, []).append(trained(context, net, data, loss(), seed, epochs))
             if what == "cross-entropy":
-                right, variance = _by_variance(context, net, data)
+                right, maps = last_maps(context, net, data)
+                variance = feature_variance(maps)
                 order, fifth = variance.argsort(), len(variance) // 5
                 poor.append(right[order[:fifth]].mean().item())
                 rich.append(right[order[-fifth:]].mean().item())
@@ -114,6 +120,7 @@ def _skip_blocks(context: Context) -> ClaimResult:
     epochs, images = context.choose(full=8, smoke=1), context.choose(full=1000, smoke=64)
     accuracy: dict[str, list[float]] = {}
     variance: dict[str, list[float]] = {}
+    rank: dict[str, list[float]] = {}
     params: dict[str, int] = {}
     data: Any = None
     for seed in context.each_seed("skip blocks"):
@@ -123,24 +130,25 @@ def _skip_blocks(context: Context) -> ClaimResult:
             params[what] = _params(net)
             reached = trained(context, net, data, Classify(), seed, epochs, opt="adamw", lr=2e-3, batch_size=32)
             accuracy.setdefault(what, []).append(reached)
-            variance.setdefault(what, []).append(_by_variance(context, net, data)[1].mean().item())
+            maps = last_maps(context, net, data)[1]
+            variance.setdefault(what, []).append(feature_variance(maps).mean().item())
+            rank.setdefault(what, []).append(effective_rank(maps))
     with torch.device("meta"):
         skips = [_params(s) for s in create_model("skipblocknet_m").get_submodule("skips").children()]
-    rises = {
-        name: statistics.fmean(values["with"]) > statistics.fmean(values["without"])
-        for name, values in (("variance", variance), ("accuracy", accuracy))
-    }
-    table = {k: {"variance": stats(variance[k]), "accuracy": stats(accuracy[k]), "params": params[k]} for k in accuracy}
+    more = [a - b for a, b in zip(rank["with"], rank["without"], strict=True)]
+    seen = {"effective rank": rank, "accuracy": accuracy, "variance": variance}
+    table = {what: {k: stats(v[what]) for k, v in seen.items()} | {"params": params[what]} for what in rank}
     return ClaimResult(
         "skip_blocks",
-        skips == SKIPS and all(rises.values()),
+        skips == SKIPS and min(more) > 0 and statistics.fmean(accuracy["with"]) > statistics.fmean(accuracy["without"]),
         {"with": table["with"], "parameters of skip blocks at width 1": skips},
         {"without": table["without"]},
         context.seeds,
         f"{data.name} at 24 x 24, {len(data.splits['train'])} training images, {epochs} epochs, width 0.25",
-        f"With skip blocks the variance of the last map (mean over test images) {_rises(rises['variance'])} and the "
-        f"accuracy {_rises(rises['accuracy'])}. Accuracy with against without, whose hidden layer is wider "
-        f"by as many parameters: {_points(accuracy['with'], accuracy['without'])}.",
+        "Effective rank of the channels of the last map over test images; with against without, whose hidden layer is "
+        f"wider by as many parameters: {', '.join(f'{m:+.1f}' for m in more)} directions, accuracy "
+        f"{_points(accuracy['with'], accuracy['without'])}. Holds: more directions with every seed, and more accurate "
+        "on average. The variance of the map depends on its scale and is not compared.",
     )
 
 
@@ -178,20 +186,29 @@ def trained(
 
 
 @torch.no_grad()
-def _by_variance(context: Context, net: nn.Module, data: Any) -> tuple[Tensor, Tensor]:
-    """Of each test image: is it classified correctly, and how varied is its last map?"""
-    right, variance = [], []
+def last_maps(context: Context, net: nn.Module, data: Any) -> tuple[Tensor, Tensor]:
+    """Of the test images: which are classified correctly (N,), and their last maps (N, C, H, W)."""
+    right, maps = [], []
     for batch in data.loader("test", batch_size=256, device=context.device):
         place = last_map(net, batch["image"][:2])
         assert place is not None
         with taps(net.eval(), [place[0]], inputs=place[1]) as seen:
             right.append(net(batch["image"]).argmax(1) == batch["label"])
-        variance.append(feature_variance(seen[place[0]]))
-    return torch.cat(right).float(), torch.cat(variance)
+        maps.append(seen[place[0]])
+    return torch.cat(right).float(), torch.cat(maps)
 
 
-def _rises(it: bool) -> str:
-    return "rises" if it else "does not rise"
+def effective_rank(maps: Tensor) -> float:
+    """How many directions the channels of maps (N, C, H, W) fill, over all images and places, from 1 to C.
+
+    The exponential of the entropy of the covariance's eigenvalues (after Roy and Vetterli, EUSIPCO 2007).
+
+    >>> round(effective_rank(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])[..., None, None]), 4)
+    2.0
+    """
+    rows = maps.movedim(1, -1).flatten(0, -2).double()
+    spectrum = torch.linalg.eigvalsh(rows.T.cov()).clamp_min(0)
+    return float(torch.special.entr(spectrum / spectrum.sum()).sum().exp())
 
 
 def _points(one: list[float], other: list[float]) -> str:

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import trimtab as tt
 from trimtab import testing
+from trimtab.data.dataset import Data, Split
 from trimtab.learn import SimMIM, methods
 from trimtab.learn.objective import Batch, Context
 from trimtab.learn.pretrain.simmim import avg_dist, head, masked_l1
@@ -290,16 +291,41 @@ def test_it_predicts_hidden_pixels_better_than_their_mean_does():
     assert masked_l1(predicted, images, hidden) < 0.8 * masked_l1(mean.expand_as(images), images, hidden)
 
 
-def test_it_can_be_fine_tuned_layer_by_layer_and_kept(tmp_path):
+@pytest.mark.parametrize("build", [vit, swin])
+def test_hidden_squares_are_filled_in_from_visible_ones(build):
+    """Every image is of one colour: no place has a likely one, but the visible squares tell."""
+    colours = torch.randint(256, (256, 3, 1, 1), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    train = Split(colours.expand(-1, -1, 32, 32).contiguous(), torch.arange(256) % 2)
+    data = Data("plain", {"train": train}, ["even", "odd"])
+    objective, options = SimMIM(), {"opt": "adamw", "lr": 5e-3, "batch_size": 32, "augment": "none"}
+    history = tt.fit(build(), data, objective, epochs=15, progress=False, device="cpu", **options).history
+    images = next(iter(data.loader("train", batch_size=256, augment="none")))["image"]
+    by_place = (images - images.median(0).values).abs().mean()
+    assert history[0]["loss"] > 0.8 * by_place and history[-1]["loss"] < 0.6 * by_place
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("vit_tiny_patch16_224", {"embed_dim": 24, "depth": 2, "num_heads": 2}),
+        ("swin_tiny_patch4_window7_224", {"embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2), "window_size": 2}),
+    ],
+)
+def test_it_can_be_fine_tuned_layer_by_layer_and_kept(name, shape, tmp_path):
     data = tt.load_data("digits", limit=200)
-    model = tt.create_model(
-        "vit_tiny_patch16_224", patch_size=2, embed_dim=24, depth=2, num_heads=2, num_classes=10, in_chans=1, img_size=8
-    )
+    shape = shape | {"patch_size": 2, "num_classes": 10, "in_chans": 1, "img_size": 8, "adapt": False}
+    model = tt.create_model(name, seed=0, **shape)
+    untrained = {k: v.clone() for k, v in model.state_dict().items()}
     options = {"epochs": 1, "opt": "adamw", "progress": False}
     tt.fit(model, data, SimMIM(), **options)
-    head_before = model.get_classifier().weight.clone()
-    tt.fit(model, data, layer_decay=0.65, **options)
-    assert not torch.equal(model.get_classifier().weight, head_before)
+    pretrained = {k: v.clone() for k, v in model.state_dict().items()}
+    assert pretrained.keys() == untrained.keys()  # neither head nor token is left
+    changed = {k for k in untrained if not torch.equal(untrained[k], pretrained[k])}
+    assert {"patch_embed.proj.weight"} <= changed and not any(k.startswith("head.") for k in changed)
+    tt.fit(model, data, layer_decay=1e-4, **options)
+    moved = {k: float((v - pretrained[k]).abs().max()) for k, v in model.state_dict().items() if v.is_floating_point()}
+    head_moved = max(v for k, v in moved.items() if k.startswith("head."))
+    assert moved["patch_embed.proj.weight"] < 1e-2 * head_moved  # tuning starts from what was pre-trained
     tt.save(model, tmp_path, spec=data.spec)
     images = next(iter(data.loader("test")))["image"]
     with torch.no_grad():
