@@ -91,9 +91,12 @@ def torch_pruning(importance: str) -> Callable[..., nn.Module]:
     return prune
 
 
-def magnitude(model: nn.Module, data: Any, run: dict[str, Any]) -> nn.Module:
-    small = tt.compress.magnitude(model, data, budget=f"macs<={SHARE:.0%}")
-    return tt.fit(small, data, **run).model
+def magnitude(scope: str) -> Callable[..., nn.Module]:
+    def prune(model: nn.Module, data: Any, run: dict[str, Any]) -> nn.Module:
+        small = tt.compress.magnitude(model, data, budget=f"macs<={SHARE:.0%}", scope=scope)
+        return tt.fit(small, data, **run).model
+
+    return prune
 
 
 def otov2(model: nn.Module, data: Any, run: dict[str, Any]) -> nn.Module:
@@ -122,7 +125,8 @@ def main(argv: list[str] | None = None) -> None:
     methods = {
         "torch-pruning magnitude": torch_pruning("magnitude"),
         "torch-pruning group-norm": torch_pruning("group-norm"),
-        "trimtab magnitude": magnitude,
+        "trimtab magnitude": magnitude("global"),
+        "trimtab magnitude, raw scores": magnitude("raw"),
         "trimtab otov2": otov2,
     }
     contenders = {n: Contender(m, args, data) for n, m in methods.items() if not args.only or n in args.only}

@@ -13,11 +13,8 @@ import io
 import statistics
 import tempfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -255,8 +252,8 @@ def _wire(net: nn.Module, data: Any, x: Tensor, context: Context) -> ClaimResult
     same = agree = True
     for what, images in {"one image": x[: 2 * n], "mosaic": mosaics}.items():
         spec = replace(data.spec, size=tuple(images.shape[1:]))
-        with tempfile.TemporaryDirectory() as folder, _server(export(net, folder, spec=spec)[0]) as address:
-            device = Device(folder, address, deadline=20.0)
+        with tempfile.TemporaryDirectory() as folder, serving(export(net, folder, spec=spec)[0]) as (_, url):
+            device = Device(folder, url, deadline=20.0)
             answers, bits = [], []
             for image in images:
                 symbols = device.symbols(image.numpy())
@@ -271,7 +268,7 @@ def _wire(net: nn.Module, data: Any, x: Tensor, context: Context) -> ClaimResult
             "payload bytes": payload,
             "estimated bytes": _mean(bits) / 8,
             "ratio": 8 * payload / _mean(bits),
-            "frame without payload": _mean([a.sent - a.payload for a in answers[1:]]),
+            "request without payload": _mean([a.sent - a.payload for a in answers[1:]]),
             "median ms, loopback": statistics.median(a.total_ms for a in answers),
         }
     return ClaimResult(
@@ -285,13 +282,6 @@ def _wire(net: nn.Module, data: Any, x: Tensor, context: Context) -> ClaimResult
         note="A range coder ends on a whole word of 32 bits, which tells for payloads of a hundred bytes; the ratio is "
         "judged on mosaics of test images, fed to the same network. Device and server: two processes of one machine.",
     )
-
-
-@contextmanager
-def _server(folder: Path) -> Iterator[tuple[str, int]]:
-    with serving(folder) as (_, address):
-        host, _, port = address.rpartition(":")
-        yield host, int(port)
 
 
 class Halves(Classify):

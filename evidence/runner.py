@@ -38,7 +38,7 @@ from trimtab.core.files import write_text
 T = TypeVar("T")
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-NOT_SCRIPTS = {"__init__", "__main__", "runner", "step_cost", "tables"}
+NOT_SCRIPTS = {"__init__", "__main__", "pictures", "runner", "step_cost", "tables"}
 ENOUGH_SEEDS = 3
 
 
@@ -266,7 +266,7 @@ def _load(path: Path) -> ModuleType:
 
 def _tables(root: Path) -> int:
     for path in tables.update(root):
-        print(f"rewrote the tables in {path}")
+        print(f"rewrote {path}")
     return 0
 
 

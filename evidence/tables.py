@@ -5,7 +5,8 @@
     <!-- end of table -->
 
 Tables: ``systems`` (all), ``family compress/prune`` (cards of one family, in words), ``evidence`` (every claim with its
-numbers), ``ternary_matmul`` and ``quantized`` (from these benchmarks), ``supernets`` (a run that three systems share).
+numbers), ``benchmarks`` (all), ``ternary_matmul`` and ``quantized`` (from these), ``supernets`` (a run that three
+systems share), ``picture`` (one of `evidence.pictures`, once it can be drawn).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.tables import benchmarks, markdown, quantized, short, ternary_matmul
+from evidence import pictures
 from trimtab.core import card
 from trimtab.core.files import write_text
 
@@ -26,8 +29,8 @@ KINDS = {0: "planned", 1: "1 present", 2: "2 exact", 3: "3 effective", 4: "4 usa
 
 
 def update(root: Path) -> list[Path]:
-    """Rewrite every marked table below `root`; returns the files that changed."""
-    changed = []
+    """Rewrite every marked table below `root`, draw its pictures; returns the files that changed."""
+    changed = pictures.update(root)
     for path in [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:
         if not path.is_file():
             continue
@@ -103,36 +106,6 @@ def evidence(_: str | None = None) -> str:
     return markdown(head, rows) if rows else "*No evidence has been measured yet.*"
 
 
-def ternary_matmul(_: str | None = None) -> str:
-    """Time over that of float32, from the benchmark's file."""
-    found = _benchmark("ternary_matmul")
-    if found is None:
-        return "*Not measured yet.*"
-    cells = found["table"]
-    names = list(cells[0]["ratios"])[1:]  # the first is the baseline
-    rows = [
-        [f"{c['outputs']} x {c['inputs']}", str(c["batch"]), *(f"{c['ratios'][n]:.2f}" for n in names)] for c in cells
-    ]
-    return markdown(["Outputs x inputs", "Batch", *names], rows)
-
-
-def quantized(_: str | None = None) -> str:
-    """Files in 8 bits beside float32: bytes, accuracy where the network is trained, time."""
-    found = _benchmark("quantized")
-    if found is None:
-        return "*Not measured yet.*"
-    rows = []
-    for name, small in found["facts"].items():
-        if not name.endswith(", int8"):
-            continue
-        large = found["facts"][name.removesuffix("int8") + "float32"]
-        accuracy = [f"{100 * k['accuracy']:.2f} %" if "accuracy" in k else "" for k in (large, small)]
-        sizes = [f"{k['bytes'] / 1e3:,.0f} KB" for k in (large, small)]
-        rows.append([name.removesuffix(", int8"), *sizes, *accuracy, f"{small['ratio']:.2f}"])
-    head = ["Network", "float32", "int8", "accuracy, float32", "accuracy, int8", "time of int8 / float32"]
-    return markdown(head, rows)
-
-
 def supernets(_: str | None = None) -> str:
     """Every training of the run that the systems of supernets share: accuracy of its networks, in percent."""
     columns = ("smallest", "median", "largest", "25 %", "50 %", "75 %")
@@ -151,53 +124,22 @@ def supernets(_: str | None = None) -> str:
     return markdown(["Trained", "M MACs a step", *columns], list(table.values()))
 
 
+def picture(name: str | None) -> str:
+    """A picture that is drawn from a result, for a page of a family."""
+    made = pictures.PICTURES[str(name)]
+    return f"![{made.says}](../images/{name}.svg)" if made.result.is_file() else "*Not measured yet.*"
+
+
 MAKERS: dict[str, Callable[[str | None], str]] = {
     "systems": systems,
     "family": family,
     "evidence": evidence,
+    "benchmarks": benchmarks,
     "ternary_matmul": ternary_matmul,
     "quantized": quantized,
     "supernets": supernets,
+    "picture": picture,
 }
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown.
-
-    >>> print(markdown(["a", "b"], [["1", "2"]]))
-    | a | b |
-    |---|---|
-    | 1 | 2 |
-    """
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
-
-
-def short(numbers: Any) -> str:
-    """Numbers by name in one line; what `stats` made is shown as mean ± standard deviation.
-
-    >>> short({"accuracy": {"mean": 0.9123, "std": 0.004, "values": [0.9, 0.92]}, "params": 3760139})
-    'accuracy 0.9123 ± 0.004, params 3,760,139'
-    """
-    return ", ".join(f"{name} {_value(v)}" for name, v in numbers.items()) if numbers else ""
-
-
-def _value(v: Any) -> str:
-    if isinstance(v, dict):
-        if "mean" in v:
-            return f"{_value(v['mean'])} ± {_value(v['std'])}" if v.get("std") else _value(v["mean"])
-        return "(" + ", ".join(f"{k} {_value(x)}" for k, x in v.items()) + ")"
-    if isinstance(v, (list, tuple)):
-        return "[" + ", ".join(_value(x) for x in v[:8]) + (", ..." if len(v) > 8 else "") + "]"
-    if isinstance(v, bool) or not isinstance(v, (int, float)):
-        return str(v)
-    return f"{v:,}" if isinstance(v, int) else f"{v:.4g}"
-
-
-def _benchmark(name: str) -> Any:
-    """What a benchmark wrote, None if it has not run."""
-    file = RESULTS.parent.parent / "benchmarks" / "results" / f"{name}.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def _result(slug: str) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from evidence import tables
+from evidence import pictures, tables
 from trimtab import cli
 from trimtab.cli.session import GLOBAL
 from trimtab.core.card import PACKAGE
@@ -54,6 +55,14 @@ def test_the_readme_tour_delivers(tmp_path, monkeypatch):
 def test_generated_tables_are_fresh(page):
     text = page.read_text(encoding="utf-8")
     assert tables.fill(text) == text, f"{name(page)} is out of date: run python -m evidence --tables"
+
+
+@pytest.mark.parametrize("made", pictures.PICTURES)
+def test_generated_pictures_are_fresh(made):
+    picture, file = pictures.PICTURES[made], ROOT / "docs" / "images" / f"{made}.svg"
+    drawn = picture.draw(json.loads(picture.result.read_text())) + "\n" if picture.result.is_file() else None
+    there = file.read_text() if file.is_file() else None
+    assert drawn == there, f"{name(file)} is out of date: run python -m evidence --tables"
 
 
 def commands() -> list[str]:

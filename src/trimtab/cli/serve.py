@@ -35,44 +35,42 @@ def serve(
     Examples:
       trimtab serve trimtab-out/
       trimtab serve model.onnx --port 9000 --threads 2
-      trimtab serve student/ --split parts/
-      trimtab serve parts/
+      trimtab serve student/ --split parts/ --port 9000
+      trimtab serve parts/ --port 9000
+      trimtab predict parts/ cat.jpg --server http://127.0.0.1:9000
     """
 
     def started(address: str) -> None:
         line = f"serving {model} at {address} (Ctrl-C ends it)"
         emit({"address": address, "model": model}, lambda: print(line, flush=True))
 
-    if split is not None or (Path(model) / "split.json").is_file():
-        _serve_tail(model, split, host=host, port=port, started=started)
-        return
-    kind = arguments.kind_of(model)
+    splitting = split is not None or (Path(model) / "split.json").is_file()
+    kind = "parts" if splitting else arguments.kind_of(model)
     if kind == "name":
         raise typer.BadParameter(f"{model} must be an artifact folder or an .onnx file: a bare name knows no weights")
     from trimtab.deploy import serve as service
 
-    service.serve(
-        arguments.folder_of(model) if kind == "artifact" else model,
-        host=host,
-        port=port,
-        threads=threads,
-        limits=service.Limits(
-            max_bytes=round(max_mb * 1e6),
-            max_pixels=round(max_megapixels * 1e6),
-            seconds=seconds,
-            max_batch=max_batch,
-            places=places,
-        ),
-        started=started,
+    limits = service.Limits(
+        max_bytes=round(max_mb * 1e6),
+        max_pixels=round(max_megapixels * 1e6),
+        seconds=seconds,
+        max_batch=max_batch,
+        places=places,
     )
+    how: dict[str, Any] = {"host": host, "port": port, "limits": limits, "started": started}
+    if splitting:
+        from trimtab.deploy.split.tail import serve_tail
+
+        serve_tail(_split(model, split) if split is not None else model, **how)
+    else:
+        service.serve(arguments.folder_of(model) if kind == "artifact" else model, threads=threads, **how)
 
 
-def _serve_tail(model: str, split: Path | None, **how: Any) -> None:
-    from trimtab.deploy.split import parts
+def _split(model: str, folder: Path) -> Path:
+    """Write the parts of an artifact."""
+    from trimtab.deploy.split.parts import export
 
-    if split is not None:
-        kept = arguments.artifact(model)
-        if kept.spec is None:
-            raise typer.BadParameter(f"{model} does not say what input it takes, so it cannot be split")
-        parts.export(kept.model, split, spec=kept.spec, labels=kept.labels)
-    parts.serve_tail(split or model, **how)
+    kept = arguments.artifact(model)
+    if kept.spec is None:
+        raise typer.BadParameter(f"{model} does not say what input it takes, so it cannot be split")
+    return export(kept.model, folder, spec=kept.spec, labels=kept.labels)[0]

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from .page import layers_plot, write
     from .pareto import pareto_svg
     from .pictures import draw_boxes, draw_mask, side_by_side
+    from .rates import rates_svg
     from .sensitivity import sensitivity_svg
     from .streams import stream_svg
 
-__all__ = ["layers_plot", "model_card", "pareto_svg", "sensitivity_svg", "stream_svg", "write"]
+__all__ = ["layers_plot", "model_card", "pareto_svg", "rates_svg", "sensitivity_svg", "stream_svg", "write"]
 __all__ += ["draw_boxes", "draw_mask", "side_by_side"]
 
 _HOME = {
@@ -31,6 +32,7 @@ _HOME = {
     "layers_plot": "page",
     "model_card": "card",
     "pareto_svg": "pareto",
+    "rates_svg": "rates",
     "sensitivity_svg": "sensitivity",
     "draw_boxes": "pictures",
     "draw_mask": "pictures",

@@ -1,7 +1,7 @@
 """Serving a model over HTTP: `serve(path)`, or ``trimtab serve PATH``; needs the extra ``trimtab[serve]``.
 
 `server` opens the model and listens, `app` answers, `uploads` takes pictures from strangers, `batching` runs those that
-arrive together as one batch.
+arrive together as one batch, and `service` is what services of other things than pictures have, too.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from typing import Any
 
 import h11
 import uvicorn
+from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from trimtab.core.artifact import read_manifest
@@ -55,7 +56,15 @@ def serve(
         OSError: the address cannot be listened on.
     """
     limits = limits or Limits()
-    app = create_app(opened(path, threads=threads), limits)
+    run(create_app(opened(path, threads=threads), limits), limits, host=host, port=port, started=started)
+
+
+def run(app: FastAPI, limits: Limits, *, host: str, port: int, started: Callable[[str], Any]) -> None:
+    """Listen, and let an application answer until SIGINT or SIGTERM; the arguments are those of `serve`.
+
+    Raises:
+        OSError: the address cannot be listened on.
+    """
     listening = listen(host, port)
     config = uvicorn.Config(
         app,

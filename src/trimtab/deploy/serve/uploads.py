@@ -66,12 +66,21 @@ async def read(request: Request, max_bytes: int) -> bytes:
     if kind == FORM:
         data = await _from_form(request, max_bytes)
     elif kind.startswith(RAW):
-        data = b"".join([chunk async for chunk in _counted(request, max_bytes)])
+        data = await body(request, max_bytes)
     else:
         raise Refused(415, f"send a form with a file ({FORM}) or the bytes of a picture (image/...), not {kind or '?'}")
     if not data:
         raise Refused(400, "the picture is empty")
     return data
+
+
+async def body(request: Request, max_bytes: int) -> bytes:
+    """All of a request's body.
+
+    Raises:
+        Refused: too many bytes (413).
+    """
+    return b"".join([chunk async for chunk in _counted(request, max_bytes)])
 
 
 def prepare(data: bytes, served: Served, max_pixels: int) -> Prepared:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from trimtab.core.spec import InputSpec
+from trimtab.deploy.split.link import Link, Unanswered
 from trimtab.deploy.split.parts import read_encoder, read_parts
-from trimtab.deploy.split.peers import Link, Unanswered
 
 Fallback = Callable[[np.ndarray], np.ndarray]
 
@@ -29,7 +29,7 @@ class Answer:
         label, index, confidence: the best class. logits (K,): of all classes.
         origin: "server", "fallback" (computed here), or "last" (the server's last answer, `age` seconds old).
         reason: why it is not the server's; empty when it is.
-        payload: bytes of the code; sent, received: bytes on the wire, frames and repeats included.
+        payload: bytes of the code; sent, received: bytes of requests and answers, heads and repeats included.
         encode_ms, server_ms, total_ms: on the device, in the server, and from the call to the answer.
     """
 
@@ -53,7 +53,7 @@ class Device:
 
     Args:
         folder: what `export` wrote; ``server/`` may be missing.
-        address: host and port of `serve_tail`.
+        url: of the server, such as ``http://127.0.0.1:9000``.
         deadline: seconds for an answer, encoding included.
         fallback: what to do without one: None = raise; "last" = give the last answer again, with its age; or a function
             from the prepared image (C, H, W) to logits (K,).
@@ -65,7 +65,7 @@ class Device:
     def __init__(
         self,
         folder: str | Path,
-        address: tuple[str, int],
+        url: str,
         *,
         deadline: float = 0.5,
         fallback: str | Fallback | None = None,
@@ -79,7 +79,8 @@ class Device:
         self.spec = InputSpec.from_json(self.parts.spec)
         self.deadline, self.fallback = deadline, fallback
         self._medians = torch.tensor(self.codec.medians)[:, None, None]
-        self._link = Link(address, self.parts.hello, secrets.token_hex(8))
+        most = 4 * max(math.prod(self.parts.latent), len(self.parts.labels))
+        self._link = Link(url, self.parts.id, max(most, 2**16))
         self._last: tuple[float, np.ndarray] | None = None
 
     def __call__(self, image: Any) -> Answer:
@@ -100,13 +101,12 @@ class Device:
         encoded = 1e3 * (time.monotonic() - start)
         reason, server_ms = "", 0.0
         try:
-            header = {"shape": list(self.parts.latent)}
-            answer = self._link.ask(header, payload, start + self.deadline)
-            logits = np.frombuffer(answer.payload, "<f4") if len(answer.payload) % 4 == 0 else np.empty(0)
+            answer = self._link.ask("/logits", payload, start + self.deadline)
+            logits = np.frombuffer(answer.content, "<f4") if len(answer.content) % 4 == 0 else np.empty(0)
             if logits.shape != (len(self.parts.labels),) or not np.isfinite(logits).all():
                 self.close()
                 raise Unanswered("the server's answer is no list of finite logits")
-            origin, server_ms, age = "server", float(answer.header.get("ms", 0.0)), 0.0
+            origin, server_ms, age = "server", answer.ms, 0.0
             self._last = (time.monotonic(), logits)
         except Unanswered as e:
             origin, logits, age = self._instead(x, e)
@@ -135,10 +135,9 @@ class Device:
         Raises:
             Unanswered: it does not say.
         """
-        header = {"shape": list(self.parts.latent), "echo": True}
         payload = self.codec.encode(self.symbols(x))
-        answer = self._link.ask(header, payload, time.monotonic() + self.deadline)
-        return np.frombuffer(answer.payload, "<i4").reshape(self.parts.latent)
+        answer = self._link.ask("/logits?echo=true", payload, time.monotonic() + self.deadline)
+        return np.frombuffer(answer.content, "<i4").reshape(self.parts.latent)
 
     def close(self) -> None:
         """Hang up; the next image connects again."""

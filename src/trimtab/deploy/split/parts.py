@@ -1,4 +1,4 @@
-"""A network with a `Bottleneck` in two parts: files for each machine, and the server's part at work.
+"""A network with a `Bottleneck` in two parts: the files for each machine.
 
 `export` writes a folder: ``device.safetensors`` (the encoder's weights), ``codec.msgpack`` (integer tables),
 ``split.json`` (what they are, with their hashes), and ``server/``, an artifact. A device needs the first three.
@@ -6,17 +6,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
-import signal
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load as load_tensors
@@ -27,12 +23,9 @@ from trimtab.core.artifact import read_manifest
 from trimtab.core.errors import ArtifactError
 from trimtab.core.files import write_bytes, write_text
 from trimtab.core.spec import InputSpec
-from trimtab.deploy.sockets import listen, name_of
 from trimtab.deploy.split.bottleneck import Bottleneck, Encoder
 from trimtab.deploy.split.codec import Codec
-from trimtab.deploy.split.frame import FrameError
-from trimtab.deploy.split.peers import Tail
-from trimtab.models import load, save
+from trimtab.models import save
 
 MANIFEST, WEIGHTS, CODEC, SERVER = "split.json", "device.safetensors", "codec.msgpack", "server"
 MAX_SIDE = 4096  # pixels
@@ -52,9 +45,9 @@ class Parts(BaseModel):
     model: str
 
     @property
-    def hello(self) -> dict[str, str]:
-        """What a device and its server must agree on."""
-        return {"codec": self.codec, "model": self.model}
+    def id(self) -> str:
+        """What a device and its server must agree on: of a hash of all this, 64 bits."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
 
 
 class Rest(nn.Module):
@@ -171,68 +164,3 @@ def read_encoder(folder: str | Path, parts: Parts) -> Encoder:
     except (OSError, ValueError, TypeError, RuntimeError) as e:
         raise ArtifactError(f"{file} cannot be used: {e}") from e
     return encoder.eval()
-
-
-def tail_of(folder: str | Path) -> Tail:
-    """The server's part, ready to answer.
-
-    Raises:
-        ArtifactError: the folder is damaged.
-    """
-    parts, codec = read_parts(folder)
-    if read_manifest(Path(folder) / SERVER).sha256 != parts.model:
-        raise ArtifactError(f"{Path(folder) / SERVER} is not the model that {MANIFEST} was written with")
-    net = load(Path(folder) / SERVER)
-    name, bottleneck = bottleneck_of(net)
-    rest = Rest(net, name, InputSpec.from_json(parts.spec).size, bottleneck.decoder).eval()
-    medians = np.asarray(codec.medians, np.float32)[:, None, None]
-
-    def work(header: dict[str, Any], payload: bytes) -> bytes:
-        if header.get("shape") != list(parts.latent):
-            raise FrameError(f"the latent must be {list(parts.latent)}, got {header.get('shape')!s:.60}")
-        symbols = codec.decode(payload, parts.latent[1:])
-        if header.get("echo") is True:  # to see that both sides have the same numbers
-            return symbols.astype("<i4").tobytes()
-        with torch.inference_mode():
-            logits = rest(torch.from_numpy(symbols.astype(np.float32) + medians)[None])[0]
-        return logits.float().numpy().astype("<f4").tobytes()
-
-    return Tail(work, parts.hello)
-
-
-def serve_tail(
-    folder: str | Path,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 9000,
-    started: Callable[[str], Any] = lambda address: None,
-) -> None:
-    """Answer devices until SIGINT (Ctrl-C) or SIGTERM; requests that are being worked on are finished.
-
-    Args:
-        folder: what `export` wrote.
-        port: 0 = any free one.
-        started: called with the address, such as ``127.0.0.1:9000``, once connections are taken.
-
-    Raises:
-        ArtifactError: nothing that can be served.
-        OSError: the address cannot be listened on.
-    """
-    tail = tail_of(folder)
-
-    async def main() -> None:
-        ended = asyncio.Event()
-        for s in (signal.SIGINT, signal.SIGTERM):
-            with suppress(NotImplementedError, ValueError, RuntimeError):  # Windows, or not the main thread
-                asyncio.get_running_loop().add_signal_handler(s, ended.set)
-        listening = listen(host, port)
-        server = await tail.start(listening)
-        started(name_of(host, listening))
-        try:
-            await ended.wait()
-        finally:
-            server.close()
-            await tail.stop()
-
-    with suppress(KeyboardInterrupt):
-        asyncio.run(main())
