@@ -1,10 +1,16 @@
 """DToP on street scenes: what is saved and what it costs, to whom, and what `keep` and fine-tuning are for.
 
 A ViT of six layers and width 64, with linear heads after layers 3, 4 and 6, is trained from scratch without pruning,
-then a little longer: with pruning, with pruning that keeps no token of a class, and without. The threshold is the
-highest that saves a quarter on validation images. Multiply-accumulates are those that ran, exit heads included, against
-the same network without exits. Three seeds take about five minutes of one CPU core. The picture of the documentation
-is drawn, on made scenes, by ``python -m evidence.dtop docs/images/dtop_tokens.png``.
+then a little longer: with pruning, with pruning that keeps no token of a class, and without. Every network has the
+threshold that saves a quarter on validation images. Multiply-accumulates are those that ran, exit heads included,
+against the same network without exits. Three seeds take about seven minutes of one CPU core. The picture of the
+documentation is drawn, on made scenes, by ``python -m evidence.dtop docs/images/dtop_tokens.png``.
+
+In a first run five tokens of each class were kept, as the paper does of a thousand and more; of 108 tokens that is half
+of them, and the threshold had to fall to 0.7. Here it is one. That run compared kept and not kept tokens at the same
+threshold, hence at 74 and 65 % of the work (29.16 against 29.24 % mIoU); now it is the same work. And it asked for a
+rank correlation of 0.2 with boundaries (0.20 to 0.28) where the claim says that compute adapts: now correlations with
+boundaries and with classes must be beyond chance, with p < 0.01 in every seed.
 """
 
 from __future__ import annotations
@@ -34,7 +40,8 @@ PUBLISHED: dict[
     "SegViT-L, Pascal-Context": (315.4, "dtop_segvit_large", {"img_size": 480, "num_classes": 59, "head_heads": 16}),
     "SegViT-L, COCO-Stuff": (366.9, "dtop_segvit_large", {"img_size": 512, "num_classes": 171, "head_heads": 16}),
 }
-THRESHOLDS = (0.98, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5)
+KEEP = 1  # tokens of a class: the paper's 5 of 1024, of 108
+SAVED = 0.25
 VIT = {"embed_dim": 64, "depth": 6, "num_heads": 4, "patch_size": 8}
 
 
@@ -85,22 +92,28 @@ def run(context: Context) -> list[ClaimResult]:
         ),
         ClaimResult(
             "dynamic",
-            all(row["boundary"] > 0.2 for row in rows) and mean("classes") > 0,
-            {"rank_correlation_with_boundary": over("boundary"), "with_number_of_classes": over("classes")},
+            all(row[k] > 0 and row[f"{k}_p"] < 0.01 for row in rows for k in ("boundary", "classes")),
+            {
+                "rank_correlation_with_boundary": over("boundary"),
+                "with_number_of_classes": over("classes"),
+                "largest_p": max(row[f"{k}_p"] for row in rows for k in ("boundary", "classes")),
+            },
             {"fewest_tokens": over("fewest"), "most_tokens": over("most")},
-            note="Of the share of tokens that layers 4 to 6 see, with the share of patches that hold several classes.",
+            note="Of the share of tokens that layers 4 to 6 see: with the share of patches that hold several classes, "
+            "and with how many classes there are.",
             **common,
         ),
         ClaimResult(
             "topk",
             mean("tuned") > mean("tuned_keep_0"),
-            {"miou_keep_5": over("tuned"), "macs": over("tuned_macs")},
+            {"miou_keep_1": over("tuned"), "macs": over("tuned_macs"), "miou_direct_keep_1": over("direct")},
             {
                 "miou_keep_0": over("tuned_keep_0"),
                 "macs": over("tuned_keep_0_macs"),
                 "miou_direct_keep_0": over("direct_keep_0"),
             },
-            note=_said("The difference", mean("tuned_keep_0"), mean("tuned")),
+            note=_said("Keeping none", mean("tuned_keep_0"), mean("tuned"))
+            + _said(" Without fine-tuning", mean("direct_keep_0"), mean("direct")),
             **common,
         ),
         ClaimResult(
@@ -152,28 +165,28 @@ def _one(context: Context, data: Any, seed: int) -> dict[str, Any]:
         )  # fmt: skip
         return net
 
-    base = train(_make(data, seed), 12, 2e-3, keep=5, confidence=1)
-    row: dict[str, Any] = {"base": _score(base, data)[0], "threshold": _threshold(base, data)}
-    sure = row["threshold"]
+    base = train(_make(data, seed), 12, 2e-3, keep=KEEP, confidence=1)
+    row: dict[str, Any] = {"base": _score(base, data)[0]}
     context.say(f"seed {seed}: three ways to go on")
-    tuned = train(deepcopy(base), 3, 5e-4, keep=5, confidence=sure)
-    without = train(deepcopy(base), 3, 5e-4, keep=0, confidence=sure)
-    longer = train(deepcopy(base), 3, 5e-4, keep=5, confidence=1)
+    tuned = train(deepcopy(base), 3, 5e-4, keep=KEEP, confidence=_threshold(base, data, KEEP))
+    without = train(deepcopy(base), 3, 5e-4, keep=0, confidence=_threshold(base, data, 0))
+    longer = train(deepcopy(base), 3, 5e-4, keep=KEEP, confidence=1)
     row["longer"] = _score(longer, data)[0]
     for name, net, keep in (
-        ("tuned", tuned, 5),
+        ("tuned", tuned, KEEP),
         ("tuned_keep_0", without, 0),
-        ("longer_direct", longer, 5),
+        ("longer_direct", longer, KEEP),
         ("direct_keep_0", base, 0),
-        ("direct", base, 5),
+        ("direct", base, KEEP),
     ):
-        net.keep, net.confidence = keep, sure
+        net.confidence = _threshold(net, data, keep)
         row[name], tokens = _score(net, data)
         row[f"{name}_macs"] = _shares(net, tokens).mean().item()
         if name == "tuned":
-            row |= _who(net, data, tokens)
+            row |= {"threshold": net.confidence, **_who(net, data, tokens)}
+            entered = tokens
     row["random"], row["fixed"] = (_score(_exits(base, tokens, random=r), data)[0] for r in (True, False))
-    row["entered"] = (tokens.float().mean(0) / tokens[0, 0]).tolist()
+    row["entered"] = (entered.float().mean(0) / entered[0, 0]).tolist()
     pictures = next(iter(data.loader("test", batch_size=16, shuffle=False, augment="none")))["image"]
     return row | {"time": _time(tuned, pictures)}
 
@@ -188,15 +201,17 @@ def _score(net: Any, data: Any, split: str = "test") -> tuple[float, Tensor]:
         handle.remove()
 
 
-def _threshold(net: Any, data: Any) -> float:
-    """The highest threshold that saves a quarter of all MACs on validation images, or the lowest there is."""
+def _threshold(net: Any, data: Any, keep: int) -> float:
+    """The highest threshold, to 1/128, that saves a quarter of all MACs on validation images; sets `keep`."""
     split = "val" if "val" in data.splits else "train"
-    for value in THRESHOLDS:
-        net.confidence = value
-        if _shares(net, _score(net, data, split)[1]).mean() <= 0.75:
-            break
-    net.confidence = 1
-    return value
+    before, net.keep = net.confidence, keep
+    low, high = 0.0, 1.0
+    for _ in range(7):
+        net.confidence = (low + high) / 2
+        enough = _shares(net, _score(net, data, split)[1]).mean() <= 1 - SAVED
+        low, high = (net.confidence, high) if enough else (low, net.confidence)
+    net.confidence = before
+    return low
 
 
 def _shares(net: Any, tokens: Tensor) -> Tensor:
@@ -243,12 +258,11 @@ def _who(net: Any, data: Any, tokens: Tensor) -> dict[str, float]:
     patches = labels.unflatten(1, (-1, p)).unflatten(3, (-1, p)).transpose(2, 3).flatten(3)  # (N, h, w, p^2)
     boundary = (patches != patches[..., :1]).any(3).float().mean((1, 2))
     classes = torch.tensor([len(row[row != 255].unique()) for row in labels.flatten(1)])
-    return {
-        "boundary": float(spearmanr(share, boundary).statistic),
-        "classes": float(spearmanr(share, classes).statistic),
-        "fewest": share.min().item(),
-        "most": share.max().item(),
-    }
+    row = {"fewest": share.min().item(), "most": share.max().item()}
+    for name, what in (("boundary", boundary), ("classes", classes)):
+        found = spearmanr(share, what)
+        row |= {name: float(found.statistic), f"{name}_p": float(found.pvalue)}
+    return row
 
 
 def _exits(net: Any, tokens: Tensor, *, random: bool) -> Any:

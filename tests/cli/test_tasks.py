@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from trimtab.data import load_data
+from trimtab.deploy import to_onnx
 
 
 @pytest.fixture
@@ -26,7 +27,27 @@ def sizes(folder: Path) -> dict[str, tuple[int, int]]:
     return {p.name: Image.open(p).size for p in sorted(folder.iterdir())}
 
 
-def test_a_segmenter_from_data_to_drawn_pictures(trimtab, pictures):
+@pytest.fixture
+def shrink(trimtab, monkeypatch):
+    """Compress an artifact and quantize what comes out, which must be nearly as good; the file is shrunk.onnx."""
+    monkeypatch.setitem(to_onnx._EXPORTERS, "dynamo", to_onnx._classic)  # which takes its time
+
+    def call(model: str, data: str, score: str) -> None:
+        how = ("--budget", "macs<=80%", "--epochs", "1", "--out", "shrunk", "--json")
+        code, text, err = trimtab("compress", model, "--data", data, *how)
+        assert code == 0, err
+        small = json.loads(text)
+        assert small["cost"]["macs"] <= 0.8 * small["before"]["cost"]["macs"] and small[score] >= 0
+        code, text, err = trimtab("export", "shrunk", "shrunk.onnx", "--data", data, "--int8", "--json")
+        assert code == 0, err
+        made = json.loads(text)
+        assert made["int8"] and made["size"] < 2 * small["cost"]["params"] + 40_000
+        assert made["scores"][score] >= 0.7 * small[score] and made["scores"]["n"] > 0
+
+    return call
+
+
+def test_a_segmenter_from_data_to_drawn_pictures(trimtab, pictures, shrink):
     code, text, err = trimtab(
         "train", "scenes:classes=2,size=32,n=50", "--task", "segment", "--model", "u_net_nano_32", "--epochs", "1",
         "--out", "seg", "--json",
@@ -45,9 +66,10 @@ def test_a_segmenter_from_data_to_drawn_pictures(trimtab, pictures):
     assert code == 0, err  # the task is the artifact's
     code, _, err = trimtab("train", "scenes", "--model", "seg", "--task", "detect")
     assert code == 2 and "seg was trained for task 'segment', got --task detect" in err
+    shrink("seg", "scenes:classes=2,size=32,n=50", "miou")
 
 
-def test_a_detector_from_data_to_drawn_pictures(trimtab, pictures):
+def test_a_detector_from_data_to_drawn_pictures(trimtab, pictures, shrink):
     code, text, err = trimtab(
         "train", "scenes:classes=2,size=64,n=40", "--task", "detect", "--epochs", "1", "--out", "det", "--json",
     )  # fmt: skip
@@ -60,9 +82,12 @@ def test_a_detector_from_data_to_drawn_pictures(trimtab, pictures):
         scores = [o["confidence"] for o in answer["objects"]]
         assert scores == sorted(scores, reverse=True)
     assert sizes(Path("drawn")) == {"0.png": (40, 40), "1.png": (40, 40)}
+    shrink("det", "scenes:classes=2,size=64,n=40", "ap50")
+    code, _, err = trimtab("predict", "shrunk.onnx", pictures, "--least", "0", "--json")
+    assert code == 0, err
 
 
-def test_a_restorer_from_data_to_a_file_and_larger_pictures(trimtab, pictures):
+def test_a_restorer_from_data_to_a_file_and_larger_pictures(trimtab, pictures, shrink):
     code, text, err = trimtab(
         "train", pictures, "--task", "restore", "--load", "scale=3", "--load", "in_chans=1", "--load", "patch=8",
         "--load", "val=0", "--load", "test=0.5", "--epochs", "1", "--out", "res", "--json",
@@ -87,6 +112,7 @@ def test_a_restorer_from_data_to_a_file_and_larger_pictures(trimtab, pictures):
     assert code == 0, err
     told = json.loads(text)  # the same function, so nothing was trained
     assert told["psnr"] == pytest.approx(told["before"]["psnr"], abs=1e-3)
+    shrink("res", "scenes:size=48,n=20", "psnr")
     code, _, err = trimtab("predict", "res", pictures)
     assert code == 2 and "give --out, a folder for the restored pictures" in err
 

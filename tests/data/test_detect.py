@@ -22,13 +22,15 @@ BOX, OTHER = [2.0, 3.0, 10.0, 9.0], [8.0, 1.0, 12.0, 8.0]
 def parquet(
     path: Path, objects: list[dict], *, names: list[str] | None = None, size: tuple[int, int] = (12, 16)
 ) -> Path:
-    cells = [{"bytes": encoded(noise(*size, i)), "path": None} for i in range(len(objects))]
+    cells = [{"bytes": encoded(noise(*size, i)), "path": "a.png"} for i in range(len(objects))]
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     inner = pa.struct([("bbox", pa.list_(pa.list_(pa.float32()))), ("category", pa.list_(pa.int64()))])
     table = pa.table({"image": pa.array(cells, kind), "objects": pa.array(objects, inner)})
     if names:
         category = {"feature": {"names": names, "_type": "ClassLabel"}, "_type": "List"}
-        features = {"image": {"_type": "Image"}, "objects": {"bbox": {}, "category": category}}
+        corners = {"feature": {"dtype": "float32", "_type": "Value"}, "_type": "List"}
+        bbox = {"feature": corners, "_type": "List"}
+        features = {"image": {"_type": "Image"}, "objects": {"bbox": bbox, "category": category}}
         table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
     pq.write_table(table, path)
     return path

@@ -39,7 +39,7 @@ def write(root: Path, n: int = 20, *, values: tuple[int, ...] = (0, 1, 2), size:
 def parquet(path: Path, rows: list[tuple[bytes, bytes | None]], names: list[str] | None = None) -> Path:
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     columns = {
-        name: pa.array([{"bytes": r[k], "path": None} for r in rows], kind)
+        name: pa.array([{"bytes": r[k], "path": "a.png"} for r in rows], kind)
         for k, name in enumerate(("image", "annotation"))
     }
     table = pa.table(columns)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import onnx
 import pytest
 import torch
 from PIL import Image
@@ -15,6 +18,8 @@ from trimtab.data import load_data
 from trimtab.deploy import OnnxModel, OnnxVision, Vision, export
 from trimtab.deploy.to_onnx import ExportError
 from trimtab.deploy.vision import select
+from trimtab.learn import evaluate, fit
+from trimtab.models.dense.ssd.boxes import detections
 from trimtab.nn.resize import rgb_to_ycbcr, upscale, ycbcr_to_rgb
 
 LABELS = ["red", "green", "blue"]
@@ -77,6 +82,51 @@ def test_a_detector_is_run_from_its_file_as_by_itself(tmp_path):
     assert got.labels == tuple(data.class_names[k] for k in want[2])
     (wide,) = vision.predict(picture.resize((64, 32), Image.Resampling.NEAREST))  # boxes are in its own pixels
     assert wide.boxes[:, [0, 2]].max() > 33 and wide.boxes[:, [1, 3]].max() <= 32
+
+
+def trained(task: str) -> tuple[nn.Module, Any]:
+    """A small network for a task that has learned something, and its data."""
+    options = {"restore": {"scale": 2, "patch": 16}}.get(task, {"image_size": 32})
+    data = load_data("scenes:classes=2,size=32,n=160", task=task, **options)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        body = [nn.Conv2d(3, 16, 3, padding=1), nn.ReLU()]
+        nets = {
+            "segment": nn.Sequential(*body, nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 3, 1)),
+            "detect": Cells(2, 32),
+            "restore": nn.Sequential(*body, nn.Conv2d(16, 12, 3, padding=1), nn.PixelShuffle(2)),
+        }
+    how: dict[str, Any] = {"epochs": 8, "lr": 5e-3, "batch_size": 8, "augment": "flip", "seed": 0}
+    return fit(nets[task], data, **how, progress=False, val=None).model.eval(), data
+
+
+@pytest.mark.parametrize(("task", "score", "least", "lost"), [
+    ("segment", "miou", 0.2, 0.02), ("detect", "ap50", 0.02, 0.05), ("restore", "psnr", 19, 1.0),
+])  # fmt: skip
+def test_files_are_judged_themselves_in_float_and_in_8_bits(tmp_path, task, score, least, lost):
+    net, data = trained(task)
+    if task == "detect":  # of a cell's classes this net tells the best one, its file all
+        net.decode = lambda out: [detections(*image) for image in zip(*net.boxes_and_scores(out))]
+    want = evaluate(net, data, "val")
+    full = export(net, tmp_path / "f.onnx", data=data, exporter="classic")
+    assert full.scores == pytest.approx(want, abs=1e-3) and full.accuracy is None and full.scores[score] > least
+    small = export(net, tmp_path / "q.onnx", data=data, exporter="classic", int8=True)
+    stored = [t.data_type for t in onnx.load(small.path).graph.initializer]
+    assert small.int8 and stored.count(onnx.TensorProto.INT8) >= 2
+    assert small.agreement > (0.2 if task == "restore" else 0.9)  # of the 256 values of a pixel, many are one beside
+    assert small.scores[score] > full.scores[score] - lost and small.scores != full.scores
+    assert OnnxVision(small.path).evaluate(data, "val") == small.scores  # what was written is what was judged
+    assert OnnxVision(small.path).predict(data.splits["test"].image(0))
+
+
+def test_what_a_file_cannot_be_judged_on_is_refused(tmp_path):
+    vision = OnnxVision(export(channels(), tmp_path / "s.onnx", spec=PLAIN, labels=LABELS, exporter="classic").path)
+    data = load_data("scenes:classes=2,size=16,n=40", task="segment")
+    assert vision.evaluate(data, limit=3)["n"] == len(data.splits["test"])  # the whole of one batch
+    with pytest.raises(DataError, match="split must be one of train, val, test, got 'tset'"):
+        vision.evaluate(data, "tset")
+    with pytest.raises(ValueError, match="the model is for task 'segment', the data for 'detect'"):
+        vision.evaluate(load_data("scenes:classes=2,size=16,n=40", task="detect"))
 
 
 def test_suppression_is_that_of_torchvision():

@@ -128,8 +128,16 @@ def artifact(model: str) -> Kept:
 
     folder = folder_of(model)
     manifest = read_manifest(folder)
-    loading = (manifest.provenance or {}).get("loading") or {}
-    return Kept(model, load(folder), manifest.input_spec, manifest.labels or None, loading)
+    return Kept(model, load(folder), manifest.input_spec, manifest.labels or None, loading_of(model))
+
+
+def loading_of(model: str | None) -> dict[str, Any]:
+    """The options of `load_data` with which an artifact was trained; none for other models."""
+    if model is None or kind_of(model) != "artifact":
+        return {}
+    from trimtab.core.artifact import read_manifest
+
+    return (read_manifest(folder_of(model)).provenance or {}).get("loading") or {}
 
 
 def by_name(name: str, **kwargs: Any) -> nn.Module:
@@ -265,6 +273,30 @@ def predicted(model: str, files: list[Path], top: int) -> list[dict[str, Any]]:
         ranked = [list(p.top) for p in found]
     else:
         ranked = _predicted_by_artifact(model, files)
+    return _best(files, ranked, top)
+
+
+def asked(folder: str, files: list[Path], top: int, server: str | None, deadline: float) -> list[dict[str, Any]]:
+    """The `top` labels of every image by both parts of a split model, with the bytes of each code."""
+    if server is None:
+        raise typer.BadParameter(f"{folder} is one part of a split model; give --server, the address of the other")
+    if not (Path(folder) / "split.json").is_file():
+        raise typer.BadParameter(f"--server is for the parts of a split model, and {folder} has no split.json")
+    from trimtab.deploy.runtime import softmax
+    from trimtab.deploy.split.device import Device
+
+    with wrong_use():
+        device = Device(folder, server, deadline=deadline)
+    ranked, payloads = [], []
+    for file in files:
+        answer = device(file)
+        payloads.append(answer.payload)
+        pairs = zip(device.parts.labels, softmax(answer.logits).tolist(), strict=True)
+        ranked.append(sorted(pairs, key=lambda pair: -pair[1]))
+    return [value | {"payload": n} for value, n in zip(_best(files, ranked, top), payloads, strict=True)]
+
+
+def _best(files: list[Path], ranked: Sequence[Sequence[tuple[str, float]]], top: int) -> list[dict[str, Any]]:
     answers = []
     for file, pairs in zip(files, ranked, strict=True):
         best = [{"label": label, "confidence": float(p)} for label, p in pairs[:top]]

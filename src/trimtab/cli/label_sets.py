@@ -38,19 +38,12 @@ def labels(
       trimtab analyze labels big/ --data photos/ --sets labels.json
       trimtab analyze labels big/ --data photos/ --sets labels.csv --min-size 20 --json
     """
-    from trimtab.data import MultiLabelAccuracy
-    from trimtab.data.curate.imagenet_multilabel import multi_hot, read_label_sets
-    from trimtab.learn import logits
+    from trimtab.learn import evaluate_sets
 
     net, loaded = arguments.model_and_data(model, data, weights=weights, pretrained=pretrained, seed=seed)
     if split not in loaded.splits:
         raise typer.BadParameter(f"--split must be one of {', '.join(loaded.splits)}, got {split!r}")
-    classes = loaded.num_classes
-    valid = multi_hot(read_label_sets(sets, loaded.splits[split].names), classes)
-    metric = MultiLabelAccuracy(classes, most=most, min_size=min_size, protocol=sets.name)
-    scores, original = logits(net, loaded, split)
-    metric.update(scores, valid, original)
-    found = metric.compute()
+    found = evaluate_sets(net, loaded, sets, split, most=most, min_size=min_size)
     emit(found, lambda: _say(found))
 
 

@@ -135,7 +135,7 @@ def train(
     kept = arguments.artifact(model).task if model and arguments.kind_of(model) == "artifact" else None
     asked = arguments.task_of(task or kept)
     source = arguments.one_data(data, data_option, "digits" if asked == "classify" else "scenes")
-    how_loaded = arguments.options_of(loading, "--load")
+    how_loaded = arguments.loading_of(model) | arguments.options_of(loading, "--load")
     name = objective or ("kd" if teacher else asked)
     options = arguments.options_of(given) | ({"teacher": teacher} if teacher else {})
     import trimtab as tt
@@ -223,7 +223,8 @@ def compress(
     usual = 0 if method in methods.SAME_FUNCTION else 5
     if "epochs" not in has and (usual if epochs is None else epochs):
         small = tt.fit(small, loaded, **{"epochs": usual, **training}).model
-    result = arguments.keep(small, loaded, out, "compress", seed=seed, source=model, method=method, options=options)
+    how = {"method": method, "options": options, "loading": arguments.loading_of(model)}
+    result = arguments.keep(small, loaded, out, "compress", seed=seed, source=model, **how)
     result["before"] = before
     emit(result, lambda: say.result(result))
 

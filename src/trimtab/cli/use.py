@@ -74,6 +74,10 @@ def predict(
         Path | None, typer.Option(help="Folder for pictures with masks or boxes drawn, or restored pictures.")
     ] = None,
     least: Annotated[float, typer.Option(min=0, max=1, help="Objects that are less sure are not told.")] = 0.3,
+    server: Annotated[
+        str | None, typer.Option(metavar="URL", help="Who has the other part, for the parts of a split model.")
+    ] = None,
+    deadline: Annotated[float, typer.Option(min=0.001, help="Seconds for an answer of that server.")] = 5.0,
 ) -> None:
     """Name what is in images; or segment them, find objects in them, restore them, as the model was trained to.
 
@@ -82,8 +86,13 @@ def predict(
       trimtab predict trimtab-out/ cat.jpg dog.jpg
       trimtab predict trimtab-out/model.onnx photos/ --top 3 --json
       trimtab predict detector/ photos/ --out drawn/
+      trimtab predict parts/ cat.jpg --server http://10.0.0.5:9000 --deadline 0.5
     """
     files = arguments.image_files(images)
+    if (Path(model) / "split.json").is_file() or server is not None:
+        told = arguments.asked(model, files, top, server, deadline)
+        emit(told, lambda: say.answers(told))
+        return
     seen = arguments.seen(model, files, out, least)
     if seen is not None:
         emit(seen, lambda: say.seen(seen))

@@ -36,7 +36,8 @@ from trimtab.data.views import SampleLoader, Views, color, flip, none, parse_vie
 
 ACCEPTED = (
     "'scenes:classes=5,size=48,n=300', a folder with images and annotations.json in COCO's format (or train/val/test "
-    "folders of those), or parquet in Hugging Face layout with the columns image and objects"
+    "folders of those), or parquet in Hugging Face layout with the columns image and objects, here or on the hub "
+    "('owner/name')"
 )
 FORMATS = ("auto", "xyxy", "xywh")
 _COCO = ("annotations.json", "_annotations.coco.json", "instances.json")
@@ -160,30 +161,30 @@ def find(spec: str | os.PathLike[str]) -> Source:
         pictures = Items(Arrays(got.images), np.arange(count), np.zeros(count, np.int64), names, "stretch")
         pictures.targets = Boxes(got.boxes, got.labels)
         return Source("scenes", {"train": pictures}, got.names)
-    if path.suffix == ".parquet" or (path.is_dir() and parquet.parquet_files(path)):
-        return _parquet(path)
+    tables = parquet.find_tables(text)
+    if tables is not None:
+        return _tables(*tables)
     if path.is_dir():
         return _coco(path)
     raise DataError(f"data for task 'detect' must be {ACCEPTED}; got {text!r}")
 
 
-def _parquet(path: Path) -> Source:
-    found, warnings = parquet.tables(path)
+def _tables(name: str, found: dict[str, Any], warnings: list[str]) -> Source:
     splits: dict[str, Items] = {}
     class_names: list[str] = []
     for split, table in found.items():
         column = table.column("objects (boxes)", ("objects", "annotations", "labels"))
         pictures = splits[split] = table.pictures()
-        rows = [_objects(cell, path) for cell in table.values(column)]
+        rows = [_objects(cell, table.where) for cell in table.values(column)]
         pictures.targets = Boxes([boxes for boxes, _ in rows], [labels for _, labels in rows], None)
         class_names = class_names or table.class_names(column)
     if not class_names:
         top = max((int(v.max(initial=-1)) for i in splits.values() for v in i.targets.labels), default=-1)
         class_names = [str(k) for k in range(top + 1)]
-    return Source(parquet.name_of(path), splits, class_names, warnings)
+    return Source(name, splits, class_names, warnings)
 
 
-def _objects(cell: Any, path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _objects(cell: Any, where: str) -> tuple[np.ndarray, np.ndarray]:
     """Boxes (m, 4) and labels (m,) of a row: a dict of lists, or a list of dicts."""
     if isinstance(cell, list):
         cell = {k: [c.get(k) for c in cell] for k in ("bbox", "category")}
@@ -194,7 +195,7 @@ def _objects(cell: Any, path: Path) -> tuple[np.ndarray, np.ndarray]:
         if len(labels) != len(boxes):
             raise ValueError(f"{len(boxes)} boxes but {len(labels)} categories")
     except (ValueError, TypeError) as e:
-        raise DataError(f"{path}: objects must have bbox (four numbers each) and category (whole numbers): {e}") from e
+        raise DataError(f"{where}: objects must have bbox (four numbers each) and category (whole numbers): {e}") from e
     return boxes, labels
 
 

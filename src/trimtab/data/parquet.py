@@ -18,7 +18,7 @@ import numpy as np
 
 from trimtab.core.errors import DataError
 from trimtab.data.images import MAX_FILE_BYTES, Unreadable
-from trimtab.data.sources import SPLITS, Items, Source, printable
+from trimtab.data.sources import SPLITS, Items, Source, hub_name, printable
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
 _LABELS = ("label", "labels", "fine_label", "class", "target", "category")
@@ -151,15 +151,55 @@ def tables(path: Path, *, need_train: bool = True) -> tuple[dict[str, Table], li
     return out, [w for fs in files.values() for w in _missing_shards(fs)]
 
 
+class Held(Table):
+    """The same of a `datasets.Dataset`."""
+
+    def __init__(self, where: str, split: str, data: Any) -> None:
+        types = {name: str(getattr(feature, "dtype", feature)) for name, feature in data.features.items()}
+        super().__init__(where, split, [], types, data.features.to_dict())
+        self.data = data
+
+    def values(self, column: str, *, beside: str | None = None) -> list[Any]:
+        return list(self.data.select_columns([column])[column])
+
+    def reader(self, column: str) -> Any:
+        return _Dataset(self.data, column)
+
+    def row_names(self, reader: Any) -> list[str]:
+        return [f"{self.split} row {i}" for i in range(len(self.data))]
+
+
+def find_tables(spec: str, *, need_train: bool = True) -> tuple[str, dict[str, Any], list[str]] | None:
+    """What a data set is called, its splits, and what is odd about it; None if `spec` names none that has tables.
+
+    Args:
+        spec: parquet files, a dataset saved to disk, or one of the hub.
+        need_train: whether there must be a split for training.
+
+    Raises:
+        DataError: it cannot be read, or reached.
+    """
+    path, online = Path(spec).expanduser(), hub_name(spec)
+    if path.suffix == ".parquet" or (path.is_dir() and parquet_files(path)):
+        return name_of(path), *tables(path, need_train=need_train)
+    if is_saved(path):
+        name, found = path.resolve().name, _from_disk(path)
+    elif online is not None:
+        name, found = _short(online), _from_hub(online)
+    else:
+        return None
+    splits, warnings = _splits(found, name, need_train=need_train)
+    return name, {split: Held(name, split, data) for split, data in splits.items()}, warnings
+
+
+def is_saved(path: Path) -> bool:
+    """Whether a folder is a dataset written by ``Dataset.save_to_disk``."""
+    return (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
 def from_disk(path: Path) -> Source:
     """A dataset written by ``Dataset.save_to_disk``."""
-    import datasets
-
-    try:
-        found = datasets.load_from_disk(str(path))
-    except Exception as e:
-        raise DataError(f"{path} cannot be read as a saved dataset: {_line(e)}") from e
-    return from_dataset(found, path.resolve().name)
+    return from_dataset(_from_disk(path), path.resolve().name)
 
 
 def hub(name: str) -> Source:
@@ -167,16 +207,32 @@ def hub(name: str) -> Source:
 
     Datasets that are Python scripts are refused by `datasets` itself: nothing from the hub is executed.
     """
+    return from_dataset(_from_hub(name), _short(name))
+
+
+def _short(name: str) -> str:
+    return name.partition(":")[0].split("/")[-1]
+
+
+def _from_disk(path: Path) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_from_disk(str(path))
+    except Exception as e:
+        raise DataError(f"{path} cannot be read as a saved dataset: {_line(e)}") from e
+
+
+def _from_hub(name: str) -> Any:
     import datasets
 
     repo, _, config = name.partition(":")
     if not Path(repo).exists() and not (Path(datasets.config.HF_DATASETS_CACHE) / repo.replace("/", "___")).exists():
         _check_network(repo, datasets.config.HF_ENDPOINT)
     try:
-        found = datasets.load_dataset(repo, config or None)
+        return datasets.load_dataset(repo, config or None)
     except Exception as e:  # network, missing, gated, needs a config: each library layer has its own types
         raise DataError(f"{repo!r} is not a folder here, and the Hugging Face hub did not give it: {_line(e)}") from e
-    return from_dataset(found, repo.split("/")[-1])
 
 
 def _check_network(repo: str, endpoint: str) -> None:
@@ -193,25 +249,24 @@ def _check_network(repo: str, endpoint: str) -> None:
 
 def from_dataset(found: Any, name: str) -> Source:
     """From a `datasets.Dataset` or `DatasetDict`."""
-    import datasets
+    splits, warnings = _splits(found, name, need_train=True)
+    readers, raw, names, class_names = {}, {}, {}, None
+    for split, data in splits.items():
+        table = Held(name, split, data)
+        image, label = _columns(name, data.column_names, table.types, table.features)
+        readers[split], raw[split] = table.reader(image), table.values(label)
+        names[split] = table.row_names(readers[split])
+        class_names = class_names or _class_names(table.features, label)
+    return _source(name, readers, names, raw, class_names, warnings)
 
+
+def _splits(found: Any, name: str, *, need_train: bool) -> tuple[dict[str, Any], list[str]]:
+    """The splits that are used, by our names, and a word on the others."""
     splits: dict[str, Any] = dict(found) if isinstance(found, dict) else {"train": found}
     known = {SPLITS[s.lower()]: d for s, d in splits.items() if s.lower() in SPLITS}
-    if "train" not in known:
+    if "train" not in known and (need_train or not known):
         raise DataError(f"{name} has splits {', '.join(splits)} but no train")
-    warnings = [f"split {s!r} of {name} was not used" for s in splits if s.lower() not in SPLITS]
-    readers, raw, names, class_names = {}, {}, {}, None
-    for split, data in known.items():
-        kinds = data.features.items()
-        features = {k: {"_type": type(v).__name__, "names": getattr(v, "names", None)} for k, v in kinds}
-        image, label = _columns(name, data.column_names, {k: str(getattr(v, "dtype", v)) for k, v in kinds}, features)
-        if features[image]["_type"] == "Image":
-            data = data.cast_column(image, datasets.Image(decode=False))
-        readers[split] = _Dataset(data, image)
-        raw[split] = list(data[label])
-        names[split] = [f"{split} row {i}" for i in range(len(data))]
-        class_names = class_names or _class_names(features, label)
-    return _source(name, readers, names, raw, class_names, warnings)
+    return known, [f"split {s!r} of {name} was not used" for s in splits if s.lower() not in SPLITS]
 
 
 class _Rows:
@@ -259,7 +314,11 @@ class _Dataset:
     random_access = True
 
     def __init__(self, data: Any, column: str) -> None:
-        self.data, self.column = data, column
+        import datasets
+
+        if isinstance(data.features[column], datasets.Image):
+            data = data.cast_column(column, datasets.Image(decode=False))
+        self.data, self.column, self.lengths = data.select_columns([column]), column, [len(data)]
 
     def read(self, i: int) -> Any:
         return _cell_bytes(self.data[i][self.column], None, trusted=True)

@@ -37,7 +37,8 @@ from trimtab.data.views import SampleLoader, Views, seeded
 from trimtab.nn.resize import crop_to_multiple, downscale
 
 ACCEPTED = (
-    "'scenes:size=48,n=300', a folder of pictures (or train/val/test folders of them), or parquet with a column image"
+    "'scenes:size=48,n=300', a folder of pictures (or train/val/test folders of them), or parquet with a column image, "
+    "here or on the Hugging Face hub ('owner/name')"
 )
 WORDS = ("none", "flip", "turn")
 Pair = tuple[np.ndarray, np.ndarray]  # uint8 (C, H, W) and (C, sH, sW)
@@ -229,9 +230,10 @@ def find(spec: str | os.PathLike[str]) -> Source:
         pixels = made_scenes(text).images
         names = [f"scenes/{i}" for i in range(len(pixels))]
         return Source("scenes", {"train": _items(Arrays(pixels), names)}, [])
-    if path.suffix == ".parquet" or (path.is_dir() and parquet.parquet_files(path)):
-        found, warnings = parquet.tables(path, need_train=False)
-        return Source(parquet.name_of(path), {s: t.pictures() for s, t in found.items()}, [], warnings)
+    tables = parquet.find_tables(text, need_train=False)
+    if tables is not None:
+        name, found, warnings = tables
+        return Source(name, {split: table.pictures() for split, table in found.items()}, [], warnings)
     if not path.is_dir():
         raise DataError(f"data for task 'restore' must be {ACCEPTED}; got {text!r}")
     splits = {}

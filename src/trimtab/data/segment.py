@@ -33,7 +33,7 @@ from trimtab.data.views import SampleLoader, Views, color, flip, none, parse_vie
 
 ACCEPTED = (
     "'scenes:classes=5,size=48,n=300', a folder with images/ and masks/ (same names; or train/val/test folders of "
-    "those), or parquet in Hugging Face layout with the columns image and annotation"
+    "those), or parquet in Hugging Face layout with the columns image and annotation, here or on the hub ('owner/name')"
 )
 _MASKS = ("masks", "annotations", "labels")
 _COLUMNS = ("annotation", "mask", "label", "segmentation")
@@ -114,8 +114,9 @@ def find(spec: str | os.PathLike[str]) -> Source:
     text, path = os.fspath(spec), Path(os.fspath(spec)).expanduser()
     if text == "scenes" or text.startswith("scenes:"):
         return _scenes(text)
-    if path.suffix == ".parquet" or (path.is_dir() and parquet.parquet_files(path)):
-        return _parquet(path)
+    tables = parquet.find_tables(text)
+    if tables is not None:
+        return _tables(*tables)
     if path.is_dir():
         return _folder(path)
     raise DataError(f"data for task 'segment' must be {ACCEPTED}; got {text!r}")
@@ -130,8 +131,7 @@ def _scenes(text: str) -> Source:
     return Source("scenes", {"train": pictures}, ["background", *got.names])
 
 
-def _parquet(path: Path) -> Source:
-    found, warnings = parquet.tables(path)
+def _tables(name: str, found: dict[str, Any], warnings: list[str]) -> Source:
     splits: dict[str, Items] = {}
     class_names: list[str] = []
     for split, table in found.items():
@@ -139,9 +139,9 @@ def _parquet(path: Path) -> Source:
         pictures = splits[split] = table.pictures(taken=_COLUMNS)
         pictures.targets = _masks(pictures, table.reader(column), pictures.rows)
         if sum(pictures.targets.reader.lengths) != len(pictures):
-            raise DataError(f"{path}: {split} has {len(pictures)} pictures but another number of masks")
+            raise DataError(f"{name}: {split} has {len(pictures)} pictures but another number of masks")
         class_names = class_names or table.class_names(column)
-    return Source(parquet.name_of(path), splits, class_names, warnings)
+    return Source(name, splits, class_names, warnings)
 
 
 def _folder(root: Path) -> Source:

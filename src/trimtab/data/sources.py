@@ -115,10 +115,6 @@ def find_source(spec: str | os.PathLike[str]) -> Source:
         return made_shapes(text)
     if text == "fractals" or text.startswith("fractals:"):
         return made_fractals(text)
-    if text.startswith("hub:"):
-        from trimtab.data.parquet import hub
-
-        return hub(text[4:])
     if path.is_dir():
         return _folder(path)
     if path.is_file():
@@ -129,11 +125,11 @@ def find_source(spec: str | os.PathLike[str]) -> Source:
         if path.suffix.lower() == ".parquet":
             return parquet.from_parquet(path)
         raise DataError(f"{text} is a file that is neither .zip nor .parquet; data must be {ACCEPTED}")
-    # not where the first half is a folder here: then it is a path with a typing error
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", text) and not text.startswith(".") and not path.parent.exists():
+    online = hub_name(text)
+    if online is not None:
         from trimtab.data.parquet import hub
 
-        return hub(text)
+        return hub(online)
     if text.split(":")[0] == "scenes":
         raise DataError("'scenes' are made for other tasks than classification; give task: segment, detect or restore")
     close = difflib.get_close_matches(text.split(":")[0], ["digits", "shapes", "fractals"], 1)
@@ -143,12 +139,25 @@ def find_source(spec: str | os.PathLike[str]) -> Source:
     raise DataError(f"{problem}; data must be {ACCEPTED}")
 
 
+def hub_name(text: str) -> str | None:
+    """What a spec names on the Hugging Face hub, ``owner/name`` or ``owner/name:config``; None if that is not meant.
+
+    >>> hub_name("hub:mnist"), hub_name("owner/name:all"), hub_name("digits")
+    ('mnist', 'owner/name:all', None)
+    """
+    if text.startswith("hub:"):
+        return text[4:]
+    # not where the first half is a folder here: then it is a path with a typing error
+    bare = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", text) and not text.startswith(".")
+    return text if bare and not Path(text).expanduser().parent.exists() else None
+
+
 def _folder(path: Path) -> Source:
     from trimtab.data import folders, parquet
 
     if parquet.parquet_files(path):
         return parquet.from_parquet(path)
-    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+    if parquet.is_saved(path):
         return parquet.from_disk(path)
     return folders.from_folder(path)
 

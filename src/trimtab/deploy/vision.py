@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -18,7 +18,10 @@ from PIL import Image
 from trimtab.core.errors import ArtifactError, DataError
 from trimtab.core.onnx_file import open_session
 from trimtab.core.spec import InputSpec
-from trimtab.deploy.runtime import read_notes
+from trimtab.deploy.runtime import read_notes, renormalise
+
+if TYPE_CHECKING:
+    from trimtab.data import Data
 
 Run = Callable[[np.ndarray], np.ndarray]  # float32 (B, C, H, W) -> outputs
 
@@ -178,6 +181,49 @@ class OnnxVision(Vision):
             return np.asarray(session.run(None, {name: np.ascontiguousarray(images, np.float32)})[0])
 
         super().__init__(run, spec, labels, **limits)
+
+    def evaluate(self, data: Data, split: str = "test", *, limit: int | None = None) -> dict[str, float]:
+        """How good the file is on a split of the data, see `scores`."""
+        return scores(self.run, self.spec, data, split, limit=limit)
+
+
+def scores(run: Run, spec: InputSpec, data: Data, split: str, *, limit: int | None = None) -> dict[str, float]:
+    """How good a network is on a split, or on its first pictures, by the names of `tt.evaluate`.
+
+    Args:
+        run, spec: the network and its input, as `Vision` takes them.
+        limit: so many pictures, and what is left of a batch.
+
+    Raises:
+        DataError: there is no such split, or it is empty.
+        ValueError: the data are for another task.
+        MissingExtra: for detection, which needs pycocotools.
+    """
+    import torch
+
+    from trimtab.learn.objective import Batch
+    from trimtab.learn.tasks import task_of
+
+    if data.task != spec.task:
+        raise ValueError(f"the model is for task {spec.task!r}, the data for {data.task!r}")
+    if split not in data.splits:
+        raise DataError(f"split must be one of {', '.join(data.splits)}, got {split!r}")
+    task, n = task_of(data), 0
+    tally = task.measure(data, True)
+    for batch in data.loader(split, batch_size=32, shuffle=False, augment="none", drop_last=False):
+        out: Any = run(renormalise(batch["image"].numpy(), data.spec, spec))
+        if spec.task == "detect":
+            h, w = batch["image"].shape[2:]
+            found = (select(o[:, :4] * np.array([w, h, w, h], np.float32), o[:, 4:]) for o in out)
+            names = ("boxes", "scores", "labels")
+            predicted: Any = [dict(zip(names, map(torch.from_numpy, parts), strict=True)) for parts in found]
+        else:
+            predicted = torch.from_numpy(out)
+        tally.update(predicted, task.target(Batch(batch)))
+        n += len(out)
+        if limit is not None and n >= limit:
+            break
+    return {**tally.compute(), "n": n}
 
 
 def opened(image: Any) -> Image.Image:
