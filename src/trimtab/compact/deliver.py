@@ -1,15 +1,17 @@
-"""The file that goes out: export, measure on the file itself, choose between float and 8-bit by what they are worth."""
+"""The file that goes out: export, measure on the file itself, choose between kinds of files by what they are worth."""
 
 from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from trimtab.compress.quantize import bitnet_reloaded, fliqs
+from trimtab.compress.quantize.packing import PackedWeight
 from trimtab.core.budget import Budget, Verdict
 from trimtab.core.cost import measure_onnx
 from trimtab.core.log import logger
@@ -19,26 +21,39 @@ from trimtab.deploy import OnnxModel, export
 log = logger(__name__)
 
 TIE = 0.003  # a smaller file may cost this much validation accuracy
-COSTS = ("params", "macs", "activations", "size", "memory", "latency", "energy")
+BYTES = {"float": 4.0, "int8": 1.0, "low-bit": 0.5}  # of a weight, by kind of file
 
 
 @dataclass(frozen=True)
 class Delivery:
-    """One exported file, measured: its costs, what the budget says to them, and validation accuracy."""
+    """One exported file, measured: its kind, its costs, what the budget says to them, and validation accuracy."""
 
     path: Path
-    int8: bool
+    kind: str
     cost: dict[str, Any]
     verdict: Verdict
     accuracy: float | None = None
-    notes: list[str] = field(default_factory=list)
+
+    @property
+    def excess(self) -> float:
+        """The largest relative miss of a bound on costs: 0 where all are kept, whatever the accuracy is."""
+        return max((row.excess for row in self.verdict.rows if row.name != "accuracy"), default=0.0)
 
 
 def measured(path: Path, budget: Budget) -> dict[str, Any]:
-    """The costs of an ONNX file; latency and energy only where the budget asks for them."""
-    slow = [w for w in ("latency", "energy") if w in budget]
+    """The costs of an ONNX file; latency, energy and bit-operations only where the budget asks for them."""
+    slow = [w for w in ("latency", "energy", "bops") if w in budget]
     cost = measure_onnx(path, what=("params", "macs", "activations", "size", "memory", *slow)).asdict()
     return {k: v for k, v in cost.items() if v is not None and k != "layers"}
+
+
+def as_stored(model: nn.Module) -> nn.Module:
+    """The model as it is delivered: layers that learn in few bits hold their codes only."""
+    kinds = {bitnet_reloaded.BitLayer: bitnet_reloaded.packed, fliqs.MixedLayer: fliqs.packed}
+    for layer, packed in kinds.items():
+        if any(isinstance(m, layer) for m in model.modules()):
+            model = packed(model)
+    return model
 
 
 def deliver(
@@ -53,7 +68,8 @@ def deliver(
 ) -> list[Delivery]:
     """Export `model` in float and in 8 bits to `folder`, and measure both files against `budget`.
 
-    A float file whose weights alone are too large is not made. Accuracy clauses are checked on validation data.
+    A float file whose weights alone are too large is not made. A model whose weights are packed in fewer bits gives one
+    file, of kind "low-bit". Accuracy clauses are checked on validation data.
 
     Args:
         evaluate: also measure validation accuracy in ONNX Runtime.
@@ -69,6 +85,8 @@ def deliver(
     kinds = [k for k in ("float", "int8") if only in (None, k)]
     if only is None and limit is not None and weights > limit:
         kinds = ["int8"]
+    if any(isinstance(m, PackedWeight) for m in model.modules()):
+        kinds = ["low-bit"]
     made = []
     for kind in kinds:
         path = folder / f"{kind}.onnx"
@@ -76,7 +94,7 @@ def deliver(
         cost = measured(path, budget)
         accuracy = OnnxModel(path, threads=os.cpu_count() or 1).evaluate(data, "val")["accuracy"] if evaluate else None
         verdict = budget.check({**cost, "accuracy": accuracy}, partial=accuracy is None)
-        made.append(Delivery(path, kind == "int8", cost, verdict, accuracy))
+        made.append(Delivery(path, kind, cost, verdict, accuracy))
         log.log(
             logging.INFO if evaluate else logging.DEBUG, "  %s file: %.1f KB%s, %s", kind, cost["size"] / 1e3,
             "" if accuracy is None else f", validation accuracy {accuracy:.4f}", verdict.explain(),

@@ -33,6 +33,7 @@ log = logger(__name__)
 
 SAMPLES = 12
 MOST_LAYERS = 300  # rows of the per-layer table
+KINDS = {"float": "float", "int8": "8-bit", "low-bit": "low-bit"}  # of files, in words
 
 
 def write(job: Job, model: nn.Module, delivery: Delivery, name: str) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def write(job: Job, model: nn.Module, delivery: Delivery, name: str) -> dict[str
     whole = measure(model, (job.data.in_chans, *job.data.size), per_layer=True)
     accuracy = {"val": delivery.accuracy, "test": tested["accuracy"]}
     row = {
-        "name": name, "stage": f"delivered, {'8-bit' if delivery.int8 else 'float'}", "params": whole.params,
+        "name": name, "stage": f"delivered, {KINDS[delivery.kind]}", "params": whole.params,
         "macs": whole.macs, "size": cost["size"], "latency": cost.get("latency"), "val_accuracy": delivery.accuracy,
         "seconds": job.journal.used, "fits": verdict.ok, "chosen": True,
     }  # fmt: skip
@@ -137,7 +138,9 @@ def one_line(data: Data) -> str:
 
 
 def command(what: dict[str, Any], out: Path) -> str:
-    """The command line that does the same again."""
+    """The command line that does the same again; a call of Python where the command has no words for it."""
+    if what["methods"] is not None or what["parts"] is not None:
+        return f"tt.compact({', '.join(f'{k}={v!r}' for k, v in what.items() if v is not None)}, out={str(out)!r})"
     words = ["trimtab", "compact", "--data", what["data"]]
     for key in ("model", "budget"):
         if what[key] is not None:
@@ -147,8 +150,7 @@ def command(what: dict[str, Any], out: Path) -> str:
 
 
 def _summary(data: Data, d: Delivery, cost: dict[str, Any], accuracy: float, verdict: Verdict) -> str:
-    kind = "8-bit" if d.int8 else "float"
-    what = f"{accuracy:.2%} test accuracy on {data.name} in {cost['size'] / 1e3:.1f} KB ({kind} ONNX)"
+    what = f"{accuracy:.2%} test accuracy on {data.name} in {cost['size'] / 1e3:.1f} KB ({KINDS[d.kind]} ONNX)"
     return f"{what}, inside the budget" if verdict.ok else f"{what}; the budget could NOT be met: {verdict.explain()}"
 
 

@@ -18,6 +18,7 @@ import torch
 from trimtab.core.budget import Budget
 from trimtab.core.cost import measure
 from trimtab.core.errors import BudgetError
+from trimtab.core.meta import shapes_only
 from trimtab.data import Data
 from trimtab.models import create_model
 
@@ -208,7 +209,7 @@ def _fixed(data: Data) -> Iterator[str]:
 
 def _costed(data: Data, name: str, kwargs: dict[str, Any]) -> Candidate:
     candidate = Candidate(name, kwargs)
-    with torch.device("meta"):
+    with shapes_only():
         model = candidate.build(data)
     cost = measure(model, (data.in_chans, *data.size), what=COUNTED)
     counts: dict[str, float] = {k: getattr(cost, k) for k in COUNTED}

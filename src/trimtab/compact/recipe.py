@@ -12,6 +12,7 @@
       - train: {objective: {kd: {teacher: big}}, epochs: 10}
       - export: {int8: true}  # or {memory: 256KB}, run in patches; or {second: big}, asked when in doubt
     budget: "size<=20KB"               # checked on the exported file
+    label_sets: {sets: labels.json}    # optional, all valid labels of test images: the result has accuracies on them
 
 A phase that is done is not done again; a training that was killed goes on.
 """
@@ -34,15 +35,14 @@ from trimtab.compact import searched
 from trimtab.compact.deliver import measured
 from trimtab.compact.journal import Journal
 from trimtab.compress import methods
-from trimtab.core import artifact
+from trimtab.core import artifact, options
 from trimtab.core.budget import Budget
 from trimtab.core.errors import TrimtabError
 from trimtab.core.files import write_text
 from trimtab.core.log import logger
-from trimtab.core.options import REQUIRED
 from trimtab.data import Data, load_data
 from trimtab.data.curate import methods as curation
-from trimtab.learn import Objective, evaluate, fit
+from trimtab.learn import Objective, evaluate, evaluate_sets, fit
 from trimtab.learn import methods as objectives
 from trimtab.learn.adapt import methods as adaptations
 from trimtab.learn.tasks import task_of
@@ -87,6 +87,7 @@ class Recipe(BaseModel):
     seed: int = 0
     phases: list[Phase] = Field(min_length=1)
     budget: str | None = None
+    label_sets: dict[str, Any] | None = None
 
 
 def read(path: str | Path) -> Recipe:
@@ -127,6 +128,8 @@ def read(path: str | Path) -> Recipe:
         raise RecipeError(f"{path}: model: expected a 'name' or an artifact to 'load', got {recipe.model}")
     if recipe.budget is not None:
         Budget(recipe.budget)
+    if recipe.label_sets is not None:
+        _check_label_sets(recipe.label_sets, f"{path}: label_sets")
     return recipe
 
 
@@ -135,9 +138,11 @@ def run(path: str | Path) -> dict[str, Any]:
 
     Returns:
         {"phases": [...], "accuracy", "cost", "budget", "files"}: what each phase gave, and the final model's figures;
-        for other tasks "miou", "map" or "psnr" in the place of "accuracy".
+        for other tasks "miou", "map" or "psnr" in the place of "accuracy". With label sets also "label_sets".
     """
     recipe = read(path)
+    if recipe.label_sets is not None and not Path(recipe.label_sets["sets"]).is_file():
+        raise RecipeError(f"{path}: label_sets: there is no file {recipe.label_sets['sets']}")
     out = Path(recipe.out)
     journal = Journal(out / ".recipe" / "journal.json", recipe.model_dump(by_alias=True), float("inf"))
     source = recipe.data if isinstance(recipe.data, dict) else {"spec": recipe.data}
@@ -154,7 +159,7 @@ def run(path: str | Path) -> dict[str, Any]:
         if phase.curate is not None:
             data = _curate(phase, model, data, folder, recipe.seed)
         elif key in journal.steps and phase.kind != "export":
-            model = load(folder)
+            model, data = load(folder), _known(phase, data, recipe.seed)
         elif phase.kind == "export":
             files.append(str(_export(phase, model, data, out, named)))
         else:
@@ -165,7 +170,7 @@ def run(path: str | Path) -> dict[str, Any]:
             elif phase.search is not None:
                 model = _search(phase, model, data, folder, recipe.seed)
             else:
-                model = _adapt(phase, model, data, folder, recipe.seed)
+                model, data = _adapt(phase, model, data, folder, recipe.seed)
             artifact.save(model, folder, spec=data.spec, labels=data.class_names)
         if phase.as_:
             named[phase.as_] = folder
@@ -175,6 +180,8 @@ def run(path: str | Path) -> dict[str, Any]:
     tested = evaluate(model, data, "test")[score]
     artifact.save(model, out, spec=data.spec, labels=data.class_names, metrics={"test": tested})
     result: dict[str, Any] = {"phases": rows, score: tested, "files": [str(out), *files], "budget": None}
+    if recipe.label_sets is not None:
+        result["label_sets"] = evaluate_sets(model, data, **recipe.label_sets)
     if single := [file for file in files if file.endswith(".onnx")]:
         budget = Budget(recipe.budget) if recipe.budget else Budget("size<=1GB")
         result["cost"] = measured(Path(single[-1]), budget)
@@ -233,14 +240,21 @@ def _search(phase: Phase, model: nn.Module, data: Data, folder: Path, seed: int)
     return small
 
 
-def _adapt(phase: Phase, model: nn.Module, data: Data, folder: Path, seed: int) -> nn.Module:
-    """The model after the last task of the stream; what was measured on the way is in the phase's folder."""
-    given = {"method": "nmc", "seed": seed, **(phase.adapt or {})}
-    done = adaptations.run(given.pop("method"), model, data, out=folder.with_name(folder.name + ".training"), **given)
-    if done.data is not data:
-        raise RecipeError("phases of a recipe have all classes of the data; hold_out is for the command line")
+def _adapt(phase: Phase, model: nn.Module, data: Data, folder: Path, seed: int) -> tuple[nn.Module, Data]:
+    """The adapted model, and the data as it knows them; what was measured on the way is in the phase's folder."""
+    out = folder.with_name(folder.name + ".training")
+    done = adaptations.run(model=model, data=data, out=out, **_adaptation(phase, seed))
     write_text(folder / "result.json", json.dumps(done.report, indent=1))
-    return done.model
+    return done.model, done.data
+
+
+def _known(phase: Phase, data: Data, seed: int) -> Data:
+    """The data as they are after a phase that was done before: an adaptation may have left classes out."""
+    return data if phase.adapt is None else adaptations.known(data=data, **_adaptation(phase, seed))
+
+
+def _adaptation(phase: Phase, seed: int) -> dict[str, Any]:
+    return {"method": "nmc", "seed": seed, **(phase.adapt or {})}
 
 
 def _curate(phase: Phase, model: nn.Module, data: Data, folder: Path, seed: int) -> Data:
@@ -251,12 +265,19 @@ def _curate(phase: Phase, model: nn.Module, data: Data, folder: Path, seed: int)
 
 
 def _check(given: dict[str, Any], check: Callable[[str, dict[str, Any]], None], usual: str, where: str) -> None:
-    options = dict(given)
+    said = dict(given)
     try:
-        Budget(options.get("budget") or "macs<=50%")
-        check(options.pop("method", usual), options)
+        Budget(said.get("budget") or "macs<=50%")
+        check(said.pop("method", usual), said)
     except ValueError as e:
         raise RecipeError(f"{where}: {e}") from e
+
+
+def _check_label_sets(given: dict[str, Any], where: str) -> None:
+    try:
+        options.check(where, given, {**options.parameters(evaluate_sets, keyword_only=True), "sets": options.REQUIRED})
+    except ValueError as e:
+        raise RecipeError(str(e)) from e
 
 
 def _objective(said: Any, named: set[str], get: Callable[[str], nn.Module]) -> Objective:
@@ -270,7 +291,7 @@ def _objective(said: Any, named: set[str], get: Callable[[str], nn.Module]) -> O
         teacher = given.get("teacher")
         if teacher in named:
             given["teacher"] = get(teacher)
-        elif teacher is not None and objectives.parameters(name).get("teacher") is REQUIRED:
+        elif teacher is not None and objectives.parameters(name).get("teacher") is options.REQUIRED:
             earlier = ", ".join(sorted(named)) or "none yet"
             raise ValueError(f"teacher must be the name of an earlier phase ({earlier}), got {teacher!r}")
         return objectives.make(name, **given)

@@ -17,6 +17,7 @@ from trimtab.core.timing import torch_threads
 from trimtab.data import Data
 
 STEPS = 3
+TUNE = 0.1  # of the learning rate, for a model that has learned already
 TRANSFORMERS = ("vit", "deit", "cct", "cvt", "swin", "beit", "eva", "cait", "pit", "xcit", "mobilevit", "text_cct")
 
 
@@ -38,16 +39,24 @@ class Settings:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
-    def recipe(self, model: nn.Module, data: Data) -> dict[str, Any]:
-        """Arguments of `fit` for a model: AdamW for transformers, SGD with Nesterov momentum for the rest."""
+    def recipe(self, model: nn.Module, data: Data, *, tune: bool = False) -> dict[str, Any]:
+        """Arguments of `fit` for a model: AdamW for transformers, SGD with Nesterov momentum for the rest.
+
+        Layers that round to few bits learn in float32, whatever is fastest. With `tune`, the rate is a tenth: the model
+        has learned already.
+        """
         base = history(model).base or type(model).__name__.lower()
+        rounds = any(getattr(m, "weight_bits", 32) < 32 for m in model.modules())
         common = {
-            "batch_size": self.batch_size, "precision": self.precision, "channels_last": self.channels_last,
-            "sched": "onecycle", "progress": True,
+            "batch_size": self.batch_size, "precision": "fp32" if rounds else self.precision,
+            "channels_last": self.channels_last, "sched": "onecycle", "progress": True,
         }  # fmt: skip
+        share = TUNE if tune else 1.0
         if base.startswith(TRANSFORMERS):
-            return {**common, "opt": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1, "clip_grad": 1.0}
-        return {**common, "opt": "sgd", "lr": 0.3 * self.batch_size / 128, "momentum": 0.9, "weight_decay": 5e-4}
+            adamw = {"opt": "adamw", "lr": 1e-3 * share, "weight_decay": 0.05, "warmup": 0.1, "clip_grad": 1.0}
+            return {**common, **adamw}
+        lr = 0.3 * share * self.batch_size / 128
+        return {**common, "opt": "sgd", "lr": lr, "momentum": 0.9, "weight_decay": 5e-4}
 
 
 def fastest_settings(model: nn.Module, data: Data) -> Settings:
