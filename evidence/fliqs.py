@@ -2,8 +2,14 @@
 
 A small residual net on digits (8x8), trained in float and then, from the same weights and with the same recipe, in each
 way of choosing formats; the target is what the net costs with 4 bits in every layer but the first and the last, which
-have 8. On one core of a CPU, three seeds take about ten minutes. From scratch the search loses: half of a run this
+have 8. On one core of a CPU, three seeds take about five minutes. From scratch the search loses: half of a run this
 short goes by before formats settle (seed 0, on validation images: 84 % against 98 % for uniform int4 after 16 epochs).
+
+In a first run one seed of three went wrong (90 % against 98 %): the policy had come to like formats that cost 132 % of
+the budget, and what was nearest inside it put 2 bits, which had 0.7 % of the probability, where 8 bits had 98 %. Since
+then draws are inside the budget, and the formats have the last fifth of the training to themselves. Piloted on
+validation images (seed 2): the search ends at int4 everywhere, 97.0 %; formats set by hand that trade 2 bits somewhere
+for 8 bits elsewhere lose to uniform int4 here (91.9 % against 94.4 % after 8 epochs), so a tie is what to expect.
 """
 
 from __future__ import annotations
@@ -23,6 +29,7 @@ from trimtab.compress.quantize.swap import layers
 LEVEL = 4
 OPTIONS = ("int2", "int4", "int8")
 PRETRAIN, EPOCHS = 12, 20
+SETTLE = 0.2  # of the training, in the formats that were chosen
 RECIPE: dict[str, Any] = {"batch_size": 32, "clip_grad": 1.0, "val": None, "progress": False}
 POINT = 0.01  # of accuracy
 
@@ -80,7 +87,8 @@ def _one(context: Context, seed: int) -> dict[str, Any]:
     seen: dict[str, Any] = {"accuracy": {}, "entropy": {}, "switches": {}}
 
     def train(kind: str, **given: Any) -> nn.Module:
-        model = fliqs(net, data, epochs=epochs, lr=0.02, seed=seed, device=context.device, **RECIPE, **given)
+        common: dict[str, Any] = {"lr": 0.02, "settle": SETTLE, "seed": seed, "device": context.device}
+        model = fliqs(net, data, epochs=epochs, **common, **RECIPE, **given)
         seen["accuracy"][kind] = tt.evaluate(model, data, "test")["accuracy"]
         context.say(f"seed {seed}: {kind} {seen['accuracy'][kind]:.4f} {' '.join(formats_of(model).values())}")
         return model
@@ -90,10 +98,9 @@ def _one(context: Context, seed: int) -> dict[str, Any]:
         rows: list[dict[str, Any]] = []
         model = train(kind, budget=f"bops<={target:.0f}", options=OPTIONS, entropy=weight, on_epoch=rows.append)
         seen["entropy"][kind] = rows[-1]["policy entropy"]
-        end = len(rows) - max(1, len(rows) // 8)  # before formats settle
-        seen["switches"][kind] = float(
-            np.mean([r["format switches"] for r in rows[max(0, end - len(rows) // 5) : end] or rows])
-        )
+        end = round((1 - SETTLE) * len(rows))
+        last_fifth = rows[max(0, end - len(rows) // 5) : end] or rows
+        seen["switches"][kind] = float(np.mean([r["format switches"] for r in last_fifth]))
     chosen = {n: f for n, f in formats_of(model).items() if n in names}
     train("retrained in these formats", formats=chosen)
     train("random formats", formats=_random(net, data, names, seed))

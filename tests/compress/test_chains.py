@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +9,7 @@ import pytest
 import torch
 
 import trimtab as tt
+from tests.elsewhere import python
 from trimtab.core.edit import history
 from trimtab.deploy import OnnxModel
 
@@ -44,7 +43,7 @@ def macs(model) -> int:
 
 def by_another_process(model, folder: Path) -> torch.Tensor:
     tt.save(model, folder / "kept")
-    subprocess.run([sys.executable, "-c", READ, str(folder / "kept"), str(folder / "y.pt")], check=True)
+    python(READ, folder / "kept", folder / "y.pt")
     return torch.load(folder / "y.pt")
 
 

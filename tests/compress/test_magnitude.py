@@ -218,3 +218,10 @@ def test_the_model_is_not_changed() -> None:
     magnitude(model, SIZE)
     assert model.training and not history(model).edits
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_networks_with_instance_norms_are_cut_like_others() -> None:
+    parts = (nn.Conv2d(3, 16, 3, padding=1), nn.InstanceNorm2d(16, affine=True), nn.ReLU(), nn.Conv2d(16, 5, 1))
+    model = nn.Sequential(*parts).eval()
+    small = magnitude(model, SIZE, budget="macs<=50%")
+    assert small[1].num_features == small[0].out_channels == 8 and cost(small)[0] == cost(model)[0] / 2

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 from itertools import pairwise
 
 import pytest
@@ -15,6 +13,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from transformers.pytorch_utils import Conv1D
 
 import trimtab as tt
+from tests.elsewhere import python
 from trimtab import testing
 from trimtab.compress import compactifai
 from trimtab.compress.factorize.compactifai import merge, sensitivity, trainable, truncated
@@ -413,9 +412,9 @@ import torch, trimtab as tt
 y = tt.load({str(tmp_path / "small")!r})(torch.linspace(-1, 1, 768).view(1, 3, 16, 16))
 print([float(v).hex() for v in y[0, :5]])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    said = python(code)
     with torch.no_grad():
-        assert done.stdout.strip() == str([float(v).hex() for v in small(x)[0, :5]])
+        assert said.strip() == str([float(v).hex() for v in small(x)[0, :5]])
 
 
 # -- at the door -----------------------------------------------------------------------------------------------------

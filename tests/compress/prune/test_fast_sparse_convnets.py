@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import timm
@@ -13,6 +11,7 @@ import yaml
 from torch import nn
 
 import trimtab as tt
+from tests.elsewhere import python
 from trimtab import testing
 from trimtab.compress.prune.fast_sparse_convnets import (
     MagnitudeSchedule,
@@ -318,10 +317,7 @@ def test_kept_and_loaded_in_a_fresh_process_with_fewer_bytes(tmp_path):
     small = fast_sparse_convnets(model, (3, 32, 32), sparsity=0.9, epochs=0).eval()
     for name, net in (("big", model), ("small", small)):
         tt.save(net, tmp_path / name)
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path / "small")], capture_output=True, text=True, check=True
-    )
-    told = json.loads(done.stdout.strip().splitlines()[-1])
+    told = json.loads(python(SCRIPT, tmp_path / "small").strip().splitlines()[-1])
     assert "SparseConv1x1" in told["kinds"]
     x = torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32)
     with torch.no_grad():

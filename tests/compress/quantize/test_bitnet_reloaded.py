@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import trimtab as tt
+from tests.elsewhere import python
 from trimtab import testing
 from trimtab.compress import bitnet_reloaded
 from trimtab.compress.quantize.bitnet_reloaded import BitLayer, PackedBitLayer, Ramp, packed, plan, scale_of
@@ -247,9 +246,9 @@ def test_it_learns_saves_loads_elsewhere_and_exports(tmp_path):
         f"x = torch.load({str(tmp_path / 'x.pt')!r})\n"
         f"print(repr(tt.load({str(tmp_path / 'small')!r}, base=net)(x).tolist()))"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    said = python(code)
     with torch.no_grad():
-        assert torch.equal(torch.tensor(eval(run.stdout)), small(x))
+        assert torch.equal(torch.tensor(eval(said)), small(x))
     exported = tt.export(small, tmp_path / "small.onnx", data=data, split="test", exporter="classic")
     assert abs(exported.accuracy - accuracy) < 0.005 and "3 weights stored packed" in exported.notes[0]
 

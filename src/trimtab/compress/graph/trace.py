@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 
+from trimtab.compress.graph.functional import make_functional
 from trimtab.core.errors import SurgeryError
 from trimtab.nn.modes import eval_mode
 
@@ -43,7 +44,8 @@ def trace(model: nn.Module, example: tuple[Tensor, ...], kwargs: Mapping[str, Te
         with eval_mode(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.export(model, example, dict(kwargs), strict=False)
-            program = program.run_decompositions({})
+            if not make_functional(program.graph):
+                program = program.run_decompositions({})
     except Exception as e:
         why = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise SurgeryError(f"{type(model).__name__} cannot be traced by torch.export: {why}") from e

@@ -9,6 +9,8 @@ then drives exactly these to zero while the rest trains on, and at the end what 
 What differs from the paper and its code:
 
 - A budget (``macs<=50%``) says how many groups go, where the paper fixes their share. `DHSPG` itself takes either.
+- Inside a budget, each score is divided by the mean of its layer's groups: the paper's scores as they are (``"raw"``)
+  are norms per weight, small where groups are large, and all but empty the deep layers before MACs fall enough.
 - `lambda_0` is by default what brings each redundant group to zero by the step `finish`, and lambda never is too small
   for this pace; the code's constant (1e-3) needs some thousand steps, and a group that the loss wants to grow may never
   arrive. What is left at `finish` is set to zero, so the budget is always met.
@@ -82,7 +84,7 @@ def otov2(
     amplify: float = 2.0,
     hat: float = 10.0,
     epsilon: float = 0.95,
-    scope: str = "raw",
+    scope: str = "global",
     round_to: int = 1,
     min_keep: float = 0.1,
     opt: str = "sgd",
@@ -106,7 +108,7 @@ def otov2(
             which they all are zero (the paper's runs need a few percent; the rest recovers accuracy).
         lambda_0, amplify, hat, epsilon: see `DHSPG`.
         scope, round_to, min_keep: how groups are chosen, as for `magnitude`. The paper compares all scores as they are
-            ("raw").
+            ("raw"), which suits a share of the groups, not of the MACs.
         opt: the base optimizer, by timm's name. lr: default as for `fit`.
         out: folder of the checkpoint: an interrupted run goes on there, to the same result.
         **training: passed on to `fit`, for instance objective, precision, augment, val. The weights are those of the

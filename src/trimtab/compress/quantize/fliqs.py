@@ -11,7 +11,9 @@ What differs from the paper and its open code:
 - Quality is minus the loss, as in the open code (the paper takes the accuracy of the batch), so `beta` is in units
   of the loss. The baseline starts at the first reward.
 - Cost is that of the whole model, counted in real multiply-accumulates (the open code counts weights), and a budget is
-  a bound: what is chosen in the end is the most probable combination inside it.
+  a bound: once the policy learns, what is drawn is inside it, and what is chosen in the end is the most probable
+  combination inside it. Drawn freely, the policy would come to like combinations a little over the budget, and the
+  nearest one inside would be one that nobody tried.
 - The last tenth of the training (`settle`) keeps the chosen formats, so that batch norms see nothing else.
 - Weights have a scale per output channel, activations one per tensor: that of the batch in training, and the moving
   average of these in eval mode, so that a prediction does not depend on its neighbours and exports as it is.
@@ -353,12 +355,14 @@ class Policy:
         """(D, K); -inf for options that a decision does not have."""
         return self.logits.masked_fill(self._none, -math.inf).log_softmax(1)
 
-    def sample(self, rng: np.random.Generator, *, even: bool = False) -> list[int]:
-        """One option for every decision, by the distributions or, with `even`, any with equal probability."""
-        if even:
-            return [int(rng.integers(n)) for n in self.counts]
-        p = self.log_probs().detach().exp().double().numpy()
-        return [min(int((row.cumsum() < rng.random() * row.sum()).sum()), n - 1) for row, n in zip(p, self.counts)]
+    def noisy(self, rng: np.random.Generator) -> Tensor:
+        """log p plus Gumbel noise, (D, K): the largest of each row is a draw from its distribution."""
+        lp = self.log_probs().detach().double()
+        return lp + torch.from_numpy(rng.gumbel(size=tuple(lp.shape)))
+
+    def even(self, rng: np.random.Generator) -> list[int]:
+        """One option for every decision, each with equal probability."""
+        return [int(rng.integers(n)) for n in self.counts]
 
     def entropy(self) -> Tensor:
         """The mean entropy of a decision, in nats."""
@@ -402,7 +406,8 @@ class CostModel:
     def decide(self, log_probs: Tensor) -> list[int]:
         """The most probable combination inside the limit; an integer program, solved exactly.
 
-        Of options that are equally probable, the first.
+        Of options that are equally probable, the first. With noise on the probabilities (`Policy.noisy`): a draw that
+        is inside the limit.
         """
         from scipy.optimize import LinearConstraint, milp
 
@@ -560,8 +565,10 @@ class Search(Around):
         rng = np.random.default_rng((self.seed, self._draws))  # the same on every process
         if settled:
             picks = cost.decide(self.policy.log_probs())
+        elif ctx.progress < self.delay:
+            picks = self.policy.even(rng)
         else:
-            picks = self.policy.sample(rng, even=ctx.progress < self.delay)
+            picks = cost.decide(self.policy.noisy(rng))
         if self._last:
             ctx.log("format switches", sum(a != b for a, b in zip(picks, self._last)))
         self._draws, self._last = self._draws + 1, picks

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @rule("_native_batch_norm_legit_no_training", "batch_norm", "native_batch_norm", "_native_batch_norm_legit",
-      "cudnn_batch_norm", "_batch_norm_with_update", "_batch_norm_no_update")  # fmt: skip
+      "cudnn_batch_norm", "_batch_norm_with_update", "_batch_norm_no_update", "instance_norm")  # fmt: skip
 def batch_norm(w: Walk, x: Value, *args: Any, **kwargs: Any) -> Any:
     dim = x[1]
     affine = [a for a in args[:4] if is_value(a) and len(a) == 1]
@@ -22,6 +22,9 @@ def batch_norm(w: Walk, x: Value, *args: Any, **kwargs: Any) -> Any:
         dim = rs.unify(w.ledger, dim, p[0])
     if w.argument("training", w.name in ("_native_batch_norm_legit", "_batch_norm_with_update")):
         for labels in arrays(x[0], *x[2:]):  # statistics of the batch: weight standardisation
+            w.ledger.spans(labels)
+    if w.name == "instance_norm":  # of every image alone
+        for labels in arrays(*x[2:]):
             w.ledger.spans(labels)
     zero = bool(affine) and affine[0][0] != () and labelled(affine[0][0])
     out = (x[0], tuple(f.with_zero(zero or f.zero) for f in dim), *x[2:])
