@@ -33,6 +33,7 @@ WAYS = ("kernel", "chunks", "steps")
 SHAPES = {"vim_tiny": (1, 384, 16), "vmamba_stage1": (4, 96, 1)}  # groups, channels, states
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 LIMIT = 4096  # the length of the summary
+KINDS = ("inference", "training")
 
 
 def inputs(groups: int, width: int, state: int, length: int) -> list[Tensor]:
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             found[shape] = {}
             for length in lengths:
                 row = found[shape][length] = measure(shape, length, args.rounds)
-                for what in ("inference", "training"):
+                for what in KINDS:
                     told = ", ".join(
                         f"{w} {seconds(r['seconds'])} (x {r['times faster']})" for w, r in row[what].items()
                     )
@@ -96,15 +97,21 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 f"{way}, {what}": round(
                     math.log(found[shape][b][what][way]["seconds"] / found[shape][a][what][way]["seconds"])
                     / math.log(b / a), 3)
-                for way in WAYS for what in ("inference", "training")
+                for way in WAYS for what in KINDS
             }  # fmt: skip
     at = LIMIT if LIMIT in lengths else lengths[-1]
+    least = min(found[shape][at][what]["kernel"]["times faster"] for shape in SHAPES for what in KINDS)
+    steepest = max(slopes[shape][f"kernel, {what}"] for shape in SHAPES for what in KINDS)
     report = {
         "summary": {
             "length": at,
+            "kernel": {
+                "least times faster": least, "at least 10": least >= 10,
+                "steepest slope": steepest, "linear (at most 1.2)": steepest <= 1.2,
+            },
             "times faster than steps": {
                 f"{shape}, {what}": {w: found[shape][at][what][w]["times faster"] for w in WAYS[:2]}
-                for shape in SHAPES for what in ("inference", "training")
+                for shape in SHAPES for what in KINDS
             },
             "slope": slopes,
             "largest error against float64": max(

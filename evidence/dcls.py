@@ -2,9 +2,9 @@
 
 The hidden kernel has three weights at real-valued places in a window of 15 x 15. It is looked for by DCLS with the
 paper's rules, without its larger learning rate, with weight decay on positions, and by kernels of fixed places. The
-ConvNeXt has 16 to 64 channels and images of 32 x 32; its 7x7 convolutions are trained as they are, with dilation 2 (a
-window of 13), and as DCLS in a window of 13, all with as many parameters. Three seeds take about five minutes of one
-CPU core.
+ConvNeXt has 16 to 64 channels and images of 32 x 32; the 7x7 convolutions of its first two stages, three blocks each,
+are trained as they are, with dilation 2 (a window of 13), and as DCLS in a window of 13, all with as many parameters.
+Three seeds take about six minutes of one CPU core.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ PAPER = {"tiny": (28_587_688, 4.970337), "small": (50_217_064, 9.523658), "base"
 WINDOW = 15
 HIDDEN = ((3.3, -2.6, 0.4), (-1.7, 2.2, 4.4))  # rows, columns
 STRENGTH = (1.0, 0.8, -0.9)
-NET: dict[str, Any] = {"name": "convnext_atto", "dims": (16, 32, 48, 64), "depths": (1, 1, 2, 1), "patch_size": 2}
+NET: dict[str, Any] = {"name": "convnext_atto", "dims": (16, 32, 48, 64), "depths": (3, 3, 1, 1), "patch_size": 2}
+LARGE = ("stages.0.", "stages.1.")  # with maps of 16 x 16 and 8 x 8; a 7x7 kernel covers those of the others
 
 
 def run(context: Context) -> list[ClaimResult]:
@@ -107,7 +108,7 @@ def _search(net: nn.Module, x: Tensor, y: Tensor, steps: int, **groups: Any) -> 
 
 
 def _trained(context: Context) -> tuple[ClaimResult, ClaimResult]:
-    epochs, images = context.choose(full=8, smoke=1), context.choose(full=3000, smoke=128)
+    epochs, images = context.choose(full=6, smoke=1), context.choose(full=3000, smoke=128)
     accuracy: dict[str, list[float]] = {}
     costs: dict[str, dict[str, Any]] = {}
     data: Any = None
@@ -139,17 +140,21 @@ def _trained(context: Context) -> tuple[ClaimResult, ClaimResult]:
             {learned: table[learned], "ConvNeXt-dcls at 224": exact},
             {dense: table[dense]},
             context.seeds, where,
-            f"DCLS against 7x7 with as many parameters: {gain:+.2f} points. Gauss interpolation; positions start with "
-            "a spread of 2 cells, as training is too short to carry them there. Parameters and GMACs (merged) of the "
-            "paper's networks are exact; ImageNet was not trained.",
+            f"DCLS against 7x7 with as many parameters: {gain:+.2f} points. Positions start with a spread of 2 cells, "
+            "as training is too short to carry them there. In a first run stages had one block or two, and widths were "
+            "learned (gauss): sharing positions saved so little that 10 weights were left of 49, where the paper has "
+            "34 to 40; it saw -0.45 points. Parameters and GMACs (merged) of the paper's networks are exact; ImageNet "
+            "was not trained.",
         ),
         ClaimResult(
             "beats_fixed_dilation",
-            mean[learned] > mean[dense] >= mean[dilated],
+            mean[dilated] < min(mean[dense], mean[learned]),
             {learned: table[learned]},
             {dense: table[dense], dilated: table[dilated]},
             context.seeds, where,
-            f"The order found: {' > '.join(sorted((dense, dilated, learned), key=lambda k: -mean[k]))}.",
+            f"The order found: {' > '.join(sorted((dense, dilated, learned), key=lambda k: -mean[k]))}. The criterion "
+            "is in the claim's words since a first run, which also asked that DCLS be better than 7x7, another claim; "
+            "it saw 7x7 > DCLS > dilated.",
         ),
     )  # fmt: skip
 
@@ -160,12 +165,13 @@ def _nets(data: Any, seed: int) -> dict[str, nn.Module]:
     wider = [
         SetAttr(name, attribute, (value, value))
         for name in depthwise(dense)
+        if name.startswith(LARGE)
         for attribute, value in (("dilation", 2), ("padding", 6))
     ]
     return {
         "dense 7x7": dense,
         "7x7, dilation 2": apply(create_model(**NET, **shape), wider),
-        "DCLS": dcls(dense, dilated_size=13, version="gauss", spread=2.0, seed=seed),
+        "DCLS": dcls(dense, dilated_size=13, layers=[f"{stage}*" for stage in LARGE], spread=2.0, seed=seed),
     }
 
 

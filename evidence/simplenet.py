@@ -30,9 +30,10 @@ SCALE = 0.25
 # The rules turned around; widths are scaled until the parameters match.
 ABLATIONS = {
     "pooled early": "64 P 32 32 P 32 32 P 32 64 64 64 128 256@1 64@1 P 64",
-    "1x1 in the middle": "64 32 32 32 P 32@1 32@1 64@1 P 64@1 64@1 P 128 256@1 64@1 P 64",
+    "1x1 in the middle": "64 32 32 32 P {0}@1 {0}@1 {1}@1 P {1}@1 {1}@1 P 128 256@1 64@1 P 64",
     "width at the end": "24 24 24 24 P 24 24 24 P 24 24 P 192 256@1 96@1 P 96",
 }
+MIDDLE = [m / 4 for m in range(4, 13)]  # times 32 and 64: widths of the 1x1 convolutions, until the MACs match, too
 
 
 def run(context: Context) -> list[ClaimResult]:
@@ -54,7 +55,7 @@ def _counts(claim: str, table: dict[str, tuple[int, float]], size: int) -> Claim
 def _trained(context: Context) -> list[ClaimResult]:
     epochs, images = context.choose(full=9, smoke=1), context.choose(full=2000, smoke=128)
     accuracy: dict[str, list[float]] = {}
-    sizes: dict[str, int] = {}
+    sizes: dict[str, dict[str, Any]] = {}
     nets: dict[str, dict[str, Any]] = {}
     data: Any = None
     for seed in context.each_seed("nets of equal size"):
@@ -66,12 +67,13 @@ def _trained(context: Context) -> list[ClaimResult]:
             model = create_model(
                 num_classes=data.num_classes, in_chans=data.in_chans, img_size=data.size, seed=seed, **arguments
             )
-            sizes[what] = sum(p.numel() for p in model.parameters())
+            cost = measure(model, (data.in_chans, *data.size), what=("params", "macs"))
+            sizes[what] = {"params": cost.params, "macs": cost.macs}
             fit(model, data, epochs=epochs, batch_size=64, seed=seed, val=None, progress=False, device=context.device)
             accuracy.setdefault(what, []).append(evaluate(model, data, "test", device=context.device)["accuracy"])
     where = f"{data.name}, {len(data.splits['train'])} training images, {epochs} epochs"
     mean = {k: sum(v) / len(v) for k, v in accuracy.items()}
-    table = {k: stats(v) | {"params": sizes[k]} for k, v in accuracy.items()}
+    table = {k: stats(v) | sizes[k] for k, v in accuracy.items()}
     lost = [k for k in ABLATIONS if mean[k] < mean["SimpleNet"]]
     return [
         ClaimResult(
@@ -90,26 +92,33 @@ def _trained(context: Context) -> list[ClaimResult]:
             {k: table[k] for k in ABLATIONS},
             context.seeds,
             where,
-            f"Rules whose opposite lost: {', '.join(lost) or 'none'}. Parameters are equal, MACs are not.",
+            f"Rules whose opposite lost: {', '.join(lost) or 'none'}. Parameters are equal. Convolutions of 1x1 make "
+            "up for the parameters of 3x3 by their own width, so that MACs are equal, too; in a first run all layers "
+            "of that network were widened alike, which gave it 1.17 times the MACs, in its first layers, and 39.8 +- "
+            "1.5 against 39.2 +- 1.2 %. The MACs of the other two are what their rules are about.",
         ),
     ]
 
 
 def _nets(num_classes: int, in_chans: int) -> dict[str, dict[str, Any]]:
     """Name and arguments for `create_model` of every net, all with as many parameters as the first."""
-    common = {"num_classes": num_classes, "in_chans": in_chans}
-    goal = _params(SimpleNet, layout="cifar_310k", scale=SCALE, **common)
-    nets = {"SimpleNet": {"name": "simplenet_cifar_310k", "layout": LAYOUTS["cifar_310k"], "scale": SCALE}}
+    base = {"layout": LAYOUTS["cifar_310k"], "scale": SCALE}
+
+    def cost(cls: type[nn.Module], arguments: dict[str, Any], what: str) -> Any:
+        with torch.device("meta"):
+            net = cls(num_classes=num_classes, in_chans=in_chans, **arguments)
+        return getattr(measure(net, (in_chans, 32, 32), what=(what,)), what)
+
+    goal = {what: cost(SimpleNet, base, what) for what in ("params", "macs")}
+
+    def nearest(what: str, rows: list[dict[str, Any]], cls: type[nn.Module] = SimpleNet) -> dict[str, Any]:
+        return min(rows, key=lambda arguments: abs(cost(cls, arguments, what) - goal[what]))
+
+    nets = {"SimpleNet": {"name": "simplenet_cifar_310k", **base}}
     for what, layout in ABLATIONS.items():
-        scales = [s / 200 for s in range(20, 120)]
-        scale = min(scales, key=lambda s: abs(_params(SimpleNet, layout=layout, scale=s, **common) - goal))
-        nets[what] = {"name": "simplenet_cifar_310k", "layout": layout, "scale": scale}
-    widths = [(w, 2 * w, last) for w in range(3, 6) for last in range(3 * w, 5 * w + 1)]
-    best = min(widths, key=lambda w: abs(_params(ResNetCifar, widths=w, **common) - goal))
-    nets["ResNet-20"] = {"name": "resnet20_cifar", "widths": best}
+        layouts = dict.fromkeys(layout.format(round(32 * m), round(64 * m)) for m in MIDDLE)
+        equal = [nearest("params", [{"layout": v, "scale": s / 200} for s in range(40, 64)]) for v in layouts]
+        nets[what] = {"name": "simplenet_cifar_310k", **nearest("macs", equal)}
+    widths = [{"widths": (w, 2 * w, last)} for w in range(3, 6) for last in range(3 * w, 5 * w + 1)]
+    nets["ResNet-20"] = {"name": "resnet20_cifar", **nearest("params", widths, ResNetCifar)}
     return nets
-
-
-def _params(cls: type[nn.Module], **arguments: Any) -> int:
-    with torch.device("meta"):
-        return sum(p.numel() for p in cls(**arguments).parameters())

@@ -220,6 +220,16 @@ def test_classic_steps_in_where_torch_export_fails(tmp_path: Path) -> None:
     assert done.exporter == "classic" and done.dynamic_batch
 
 
+@pytest.mark.parametrize("affine", [True, False])
+def test_the_classic_exporter_knows_rms_norms(tmp_path: Path, affine: bool) -> None:
+    norm = nn.RMSNorm((30, 30), elementwise_affine=affine, eps=0.1 if affine else None)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    if affine:
+        nn.init.uniform_(norm.weight, 0.5, 2)
+    done = export(model, tmp_path / "m.onnx", spec=SPEC, exporter="classic")
+    assert done.dynamic_batch and done.max_abs_diff < 1e-5
+
+
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 

@@ -12,6 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,10 +25,12 @@ from trimtab.compress.quantize.packing import PackedWeight
 from trimtab.core.artifact import InputSpec
 from trimtab.core.cost import measure, quiet, twin
 from trimtab.core.edit import history
-from trimtab.core.errors import TrimtabError
+from trimtab.core.errors import MissingExtra, TrimtabError
 from trimtab.core.files import write_bytes
 from trimtab.core.onnx_file import open_session
 from trimtab.deploy.runtime import LABELS_KEY, SPEC_KEY, batches
+from trimtab.deploy.vision import scores
+from trimtab.nn.sparse import SparseConv1x1
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -39,6 +42,7 @@ CALIBRATION_MACS = 5e11  # ... as long as they cost no more than this, but at le
 PARITY = 64  # images on which the file is compared with PyTorch
 AGREEMENT = 256  # images on which int8 is compared with float
 TOLERANCE = 1e-3  # of the largest output
+_JUDGED = {"classify": "images", "segment": "pixels", "detect": "boxes"}  # what has a best class
 
 
 class ExportError(TrimtabError, RuntimeError):
@@ -55,10 +59,11 @@ class Exported:
         max_abs_diff: largest difference between its outputs and PyTorch's (where activations are rounded, noise).
         agreement: share of images on which its best class is PyTorch's.
         int8: whether it is quantized.
-        accuracy: of the file itself on `split`, None without data.
+        accuracy: of the file itself on `split`, None without data and for other tasks than classification.
         exporter: which of PyTorch's exporters did it, "dynamo" or "classic".
         dynamic_batch: whether it takes any batch size.
         notes: what a user should know about this file.
+        scores: for other tasks, how good the file itself is on `split`, by the names of `tt.evaluate`.
     """
 
     path: Path
@@ -70,6 +75,7 @@ class Exported:
     exporter: str = "dynamo"
     dynamic_batch: bool = True
     notes: tuple[str, ...] = ()
+    scores: dict[str, float] | None = None
 
 
 def export(
@@ -91,8 +97,9 @@ def export(
 ) -> Exported:
     """Write `model` as ONNX, check it against PyTorch, and say what came out. The model is not changed.
 
-    Packed low-bit weights stay packed in the file (`deploy.low_bit`). `deploy.vision` says what the files of networks
-    give that segment, detect (their method ``boxes_and_scores`` is exported along) or restore (pictures of any size).
+    Packed low-bit weights stay packed in the file (`deploy.low_bit`), zeros of sparse layers are left out
+    (`deploy.sparse`). `deploy.vision` says what the files of networks give that segment, detect (their method
+    ``boxes_and_scores`` is exported along) or restore (pictures of any size).
 
     Args:
         path: ending in .onnx, the file; otherwise a directory, where it is called model.onnx.
@@ -104,7 +111,7 @@ def export(
         check: compare the file's outputs with PyTorch's and refuse to write it when they differ.
         simplify: fold constants and batch norms.
         opset: ONNX operator set, default the exporter's.
-        split, limit: images on which `Exported.accuracy` is measured: so many of this split.
+        split, limit: images on which `Exported.accuracy` or `scores` are measured: so many of this split.
         exporter: "dynamo" (torch.export), "classic" (tracing, some twenty times faster), or "auto": dynamo, then
             classic, then with a fixed batch of 1, until one of them computes what the model computes.
 
@@ -150,6 +157,10 @@ def export(
         notes += _low_bit(graph, two_bit)
     elif two_bit:
         raise ValueError("two_bit needs a model with packed ternary layers")
+    if any(isinstance(m, SparseConv1x1) for m in plain.modules()):
+        from trimtab.deploy.sparse import store_sparse
+
+        notes += (f"{store_sparse(graph)} weights stored without their zeros",)
     raw = _finish(graph, spec, labels)
     session = open_session(raw)
     outputs = _run_onnx(session, samples, dynamic)
@@ -157,11 +168,18 @@ def export(
     agreement = _agreement(outputs, expected, spec.task)
     if check and not (int8 or two_bit or _rounds(plain)) and diff > _tolerance(expected):
         raise ExportError(_differs(diff, expected))
-    accuracy = None
-    if data is not None and spec.task == "classify":
-        accuracy = _accuracy(session, data, split if split in data.splits else "test", spec, dynamic, limit)
+    accuracy = found = None
+    if data is not None:
+        split = split if split in data.splits else "test"
+        if spec.task == "classify":
+            accuracy = _accuracy(session, data, split, spec, dynamic, limit)
+        else:
+            try:
+                found = scores(partial(_run_onnx, session, dynamic=dynamic), spec, data, split, limit=limit)
+            except MissingExtra as e:
+                notes += (f"the file's scores were not measured: {e}",)
     write_bytes(target, raw)
-    return Exported(target, len(raw), diff, agreement, int8, accuracy, how, dynamic, notes)
+    return Exported(target, len(raw), diff, agreement, int8, accuracy, how, dynamic, notes, found)
 
 
 class Candidates(nn.Module):
@@ -303,7 +321,9 @@ def _dynamo(model: nn.Module, x: Tensor, opset: int | None, axes: Sequence[int])
 
 def _classic(model: nn.Module, x: Tensor, opset: int | None, axes: Sequence[int]) -> ModelProto:
     import onnx
+    from torch.onnx.symbolic_helper import parse_args
 
+    torch.onnx.register_custom_op_symbolic("aten::rms_norm", parse_args("v", "is", "v", "f")(_rms_norm), 18)
     names = {0: "batch", 2: "height", 3: "width"}
     free = {name: {a: f"{names[a]}{end}" for a in axes} for name, end in (("image", ""), ("logits", "_out"))}
     free["logits"] |= {0: "batch"} if axes else {}
@@ -314,6 +334,14 @@ def _classic(model: nn.Module, x: Tensor, opset: int | None, axes: Sequence[int]
             output_names=["logits"], opset_version=opset,
         )  # fmt: skip
         return onnx.load(file)
+
+
+def _rms_norm(g: Any, x: Any, shape: Sequence[int], weight: Any, eps: float | None) -> Any:
+    """The classic exporter has no RMS norm: x / sqrt(mean(x^2) + eps), times the weight if there is one."""
+    axes, least = torch.arange(-len(shape), 0), torch.tensor(torch.finfo(torch.float32).eps if eps is None else eps)
+    mean = g.op("ReduceMean", g.op("Mul", x, x), g.op("Constant", value_t=axes), keepdims_i=1)
+    y = g.op("Div", x, g.op("Sqrt", g.op("Add", mean, g.op("Constant", value_t=least))))
+    return y if weight.node().mustBeNone() else g.op("Mul", y, weight)
 
 
 def part(piece: nn.Module, x: Tensor) -> bytes:
@@ -425,8 +453,9 @@ def _int8(
             break
     assert best is not None
     notes: tuple[str, ...] = ()
-    if best[0] < 0.9:
-        notes = (f"int8 changes the best class of {1 - best[0]:.0%} of the images; the model does not quantize well",)
+    if best[0] < 0.9 and spec.task in _JUDGED:  # of a picture's values many are one beside; its scores tell more
+        what = f"{1 - best[0]:.0%} of the {_JUDGED[spec.task]}"
+        notes = (f"int8 changes the best class of {what}; the model does not quantize well",)
     return best[1], notes
 
 

@@ -113,7 +113,7 @@ class S4D(nn.Module):
 
     def ssm(self, u: Tensor) -> Tensor:
         """The state space alone, as a causal convolution: (B, L, H) -> (B, L, H)."""
-        length, x = u.shape[1], u.transpose(-1, -2)
+        length, x = int(u.shape[1]), u.transpose(-1, -2)  # a number also for a tracer
         kernel = self.kernel(length)
         x = x.to(kernel.dtype)
         if torch.compiler.is_exporting() or torch.jit.is_tracing():
@@ -165,11 +165,11 @@ class S5(nn.Module):
             raise ValueError(f"state must be a multiple of 2 x blocks = {2 * blocks}, got {state}")
         values, vectors = hippo_modes(state // blocks)
         half = state // blocks // 2
-        modes = torch.from_numpy(np.kron(np.eye(blocks), vectors[:, half:])).to(torch.complex64)  # (P0, P)
+        modes = torch.tensor(np.kron(np.eye(blocks), vectors[:, half:]), dtype=torch.complex64)  # (P0, P)
         directions = 1 + bidirectional
         b = torch.randn(state, dim) / dim**0.5
         c = torch.randn(directions, dim, state, dtype=torch.complex64) / state**0.5
-        kept = torch.from_numpy(np.tile(values[half:], blocks)).to(torch.complex64)
+        kept = torch.tensor(np.tile(values[half:], blocks), dtype=torch.complex64)
         self.Lambda = nn.Parameter(torch.view_as_real(kept))  # (P, 2)
         self.B = nn.Parameter(torch.view_as_real(modes.mH @ b.to(modes.dtype)))  # (P, H, 2)
         self.C = nn.Parameter(torch.view_as_real(c @ modes))  # (directions, H, P, 2)
@@ -208,8 +208,8 @@ class S5(nn.Module):
 
 
 def _minus_one(real: Tensor, imag: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(z) - 1, exact also for small z."""
-    grown = torch.expm1(real)
+    """exp(z) - 1, exact also for small z (and exporters know no `expm1`)."""
+    grown = (real / 2).tanh() * (real.exp() + 1)
     return grown * imag.cos() - 2 * (imag / 2).sin().square(), (grown + 1) * imag.sin()
 
 
@@ -335,11 +335,11 @@ class Vim(Classifier):
         """(B, C, H, W) -> (B, M + 1, D), the class token at M // 2."""
         check_image_input(x, self.in_chans)
         x = self.patch_embed(x)
-        patches, grid = x.flatten(2).transpose(-1, -2), x.shape[2:]
-        middle, old = patches.shape[1] // 2, math.prod(self.grid) // 2
-        x = torch.cat([patches[:, :middle], self.cls_token.expand(len(x), -1, -1), patches[:, middle:]], 1)
+        patches, grid = x.flatten(2).transpose(-1, -2), [int(s) for s in x.shape[2:]]  # numbers also for a tracer
+        middle, old = math.prod(grid) // 2, math.prod(self.grid) // 2
+        x = torch.cat([patches[:, :middle], self.cls_token.expand(x.shape[0], -1, -1), patches[:, middle:]], 1)
         where: Tensor = self.pos_embed
-        if tuple(grid) != tuple(self.grid):
+        if grid != self.grid:
             first, cls, last = where.split([old, 1, where.shape[1] - old - 1], 1)
             pixels = torch.cat([first, last], 1).transpose(-1, -2).unflatten(2, self.grid)
             resized = F.interpolate(pixels.float(), grid, mode="bicubic").to(where.dtype).flatten(2).transpose(-1, -2)
