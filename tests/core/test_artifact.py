@@ -2,8 +2,6 @@ import json
 import os
 import pickle
 import struct
-import subprocess
-import sys
 
 import pytest
 import timm
@@ -12,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from tests.elsewhere import python
 from trimtab.core.artifact import MANIFEST, WEIGHTS, InputSpec, load, read_manifest, save
 from trimtab.core.edit import Insert, Narrow, Replace, SetAttr, apply, history, remember_base
 from trimtab.core.errors import ArtifactError
@@ -57,8 +56,7 @@ y = m(x); print(y.double().sum().item())
 m.train(); m(x).square().sum().backward()
 assert all(p.grad is not None for p in m.parameters())
 """
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(out.stdout) == pytest.approx(model(X).double().sum().item(), rel=1e-5)
+    assert float(python(code)) == pytest.approx(model(X).double().sum().item(), rel=1e-5)
 
 
 def test_everything_said_at_save_is_in_the_manifest(model, tmp_path):

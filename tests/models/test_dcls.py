@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import subprocess
-import sys
 
 import pytest
 import timm
@@ -16,10 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import trimtab as tt
+from tests.elsewhere import python
 from trimtab import testing
 from trimtab.compress import magnitude, merge, methods
 from trimtab.core.cost import measure
 from trimtab.core.errors import SurgeryError
+from trimtab.core.meta import shapes_only
 from trimtab.learn import Repulsion, param_groups
 from trimtab.models.classify.dcls import VERSIONS, DCLS1d, DCLS2d, DCLS3d, construct, dcls, repulsion
 
@@ -386,7 +386,7 @@ def test_the_repulsion_sets_in_when_told_and_drives_positions_apart():
 
 @pytest.mark.parametrize(("name", "count", "size", "macs", "theirs", "their_macs"), TABLE)
 def test_convnext_dcls_has_the_sizes_of_the_table(name, count, size, macs, theirs, their_macs):
-    with torch.device("meta"):
+    with shapes_only():
         net = timm.create_model(f"convnext_{name}")
     new = dcls(net)
     assert (params(net), params(new)) == (theirs, size)
@@ -455,8 +455,7 @@ net = tt.load({str(tmp_path / "b")!r}).train()
 net(torch.randn(2, 3, 32, 32)).square().sum().backward()
 print(sum(p.numel() for p in net.parameters()), all(p.grad is not None for p in net.parameters()))
 """
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.split() == [str(params(small)), "True"]
+    assert python(code).split() == [str(params(small)), "True"]
 
 
 class Sequences(nn.Module):

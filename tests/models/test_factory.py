@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
 
+from tests.elsewhere import python
 from trimtab.core.edit import history
 from trimtab.models import create_model, list_models, load, save
 from trimtab.models.factory import load_weights
@@ -112,8 +110,8 @@ def test_an_artifact_loads_in_a_process_that_knows_nothing_else(tmp_path):
         "import sys, torch; from trimtab.models import load; m = load(sys.argv[1]);"
         "print(m(torch.linspace(0, 1, 256).reshape(1, 1, 16, 16)).tolist())"
     )
-    out = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")], capture_output=True, text=True, check=True)
-    torch.testing.assert_close(torch.tensor(eval(out.stdout)), model(x), atol=1e-5, rtol=1e-5)
+    out = python(code, tmp_path / "a")
+    torch.testing.assert_close(torch.tensor(eval(out)), model(x), atol=1e-5, rtol=1e-5)
     assert isinstance(load(tmp_path / "a"), type(model))
 
 

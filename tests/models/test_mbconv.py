@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import trimtab as tt
+from trimtab.core.meta import shapes_only
 from trimtab.models.classify.mbconv import MBConv, MBConvNet
 from trimtab.search import elastic
 
@@ -59,7 +60,7 @@ def cost(net: nn.Module, side: int) -> tuple[int, int]:
     ],
 )
 def test_mobilenet_v3_of_once_for_all_has_its_counts(genes, params, macs):
-    with torch.device("meta"):
+    with shapes_only():
         net = mobilenet_v3(*genes)
     assert cost(net, 224) == (params, pytest.approx(1e6 * macs, abs=500))
 
@@ -87,7 +88,7 @@ ATTENTIVE = {  # resolution, widths, kernels, expansions, depths; parameters whe
 @pytest.mark.parametrize("name", ATTENTIVE)
 def test_attentive_nas_has_its_counts(name):
     side, *genes, params, macs = ATTENTIVE[name]
-    with torch.device("meta"):
+    with shapes_only():
         net = attentive(*genes)
     found = cost(net, side)
     assert found[1] == pytest.approx(1e6 * macs, abs=5000 if name == "max" else 1)

@@ -17,6 +17,7 @@ from trimtab.compress import magnitude, merge, methods
 from trimtab.core.cost import measure
 from trimtab.core.edit import history
 from trimtab.core.errors import SurgeryError
+from trimtab.core.meta import shapes_only
 from trimtab.models.classify.unireplknet import (
     BRANCHES,
     GRN,
@@ -76,7 +77,7 @@ def off(got: Tensor, want: Tensor) -> float:
 @pytest.mark.parametrize("name", TABLE)
 def test_sizes_are_the_published_ones(name):
     train, merged, costs = TABLE[name]
-    with torch.device("meta"):
+    with shapes_only():
         nets = [timm.create_model(f"unireplknet_{name}", deploy=deploy) for deploy in (False, True)]
     assert [params(net) for net in nets] == [train, merged]
     for side, *printed in costs:
@@ -89,7 +90,7 @@ def test_sizes_are_the_published_ones(name):
 
 def test_large_kernels_stand_where_the_depths_say():
     def sizes(name: str) -> list[list[int]]:
-        with torch.device("meta"):
+        with shapes_only():
             net = timm.create_model(f"unireplknet_{name}", deploy=True)
         return [[block.mixer.kernel_size[0] for block in stage.blocks] for stage in net.stages]
 

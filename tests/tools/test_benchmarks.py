@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 
 import pytest
 
 from benchmarks.runner import Comparison, Series, compare, compare_processes
+
+
+@pytest.fixture(autouse=True)
+def _only_new_garbage():
+    """The runner collects garbage between turns; what other tests have left need not be looked at each time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def test_contenders_take_turns_and_none_always_starts():

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from trimtab.core import edit
 from trimtab.core.errors import ArtifactError, EditError
+from trimtab.core.meta import shapes_only
 from trimtab.core.spec import InputSpec
 
 SCHEMA = 1
@@ -163,7 +164,7 @@ def load(path: str | Path, *, base: nn.Module | None = None) -> nn.Module:
 
 def _meta_model(manifest: Manifest, edits: list[edit.Edit]) -> nn.Module:
     """The edited model without memory, so that a hostile manifest cannot ask for any."""
-    with torch.device("meta"):
+    with shapes_only():
         return edit.apply(_build(manifest), edits)
 
 

@@ -7,6 +7,7 @@ the source text, without importing a system or torch, and `trimtab systems` answ
 from __future__ import annotations
 
 import ast
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,10 +57,15 @@ def catalogue() -> dict[str, Entry]:
     >>> catalogue()["cct"].card.year
     2021
     """
+    return dict(_catalogue(PACKAGE))
+
+
+@functools.cache
+def _catalogue(package: Path) -> dict[str, Entry]:
     found: dict[str, Entry] = {}
-    for path in sorted(PACKAGE.rglob("*.py")):
+    for path in sorted(package.rglob("*.py")):
         for card in _cards(path):
-            parts = path.relative_to(PACKAGE).with_suffix("").parts
+            parts = path.relative_to(package).with_suffix("").parts
             parts = parts[:-1] if parts[-1] == "__init__" else parts
             if card.slug in found:
                 raise TrimtabError(f"two systems are called {card.slug!r}: {found[card.slug].path} and {path}")

@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from trimtab.core import energy as _energy
+from trimtab.core import meta
 from trimtab.core.lifetime import Step, peak
 from trimtab.core.timing import timed, torch_threads
 
@@ -201,7 +202,7 @@ class _Tracer(TorchDispatchMode):
         if any(t.is_meta for t in tensors) and not all(t.is_meta for t in tensors):
             # A constant that the model made on its own device meets the shapes we push through.
             args, kwargs = tree_map_only(Tensor, _on_meta, (args, kwargs))
-        out = func(*args, **kwargs)
+        out = meta.call(func, args, kwargs)
         macs = _macs(func, args, kwargs, out)
         outs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         if macs is not None:

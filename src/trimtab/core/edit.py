@@ -201,8 +201,9 @@ def apply(
     torch.Size([3, 3, 3, 3])
     """
     edits = list(edits)
-    for target in (model, *also):
-        _rehearse(target, edits, weights or {})
+    if edits or weights:
+        for target in (model, *also):
+            _rehearse(target, edits, weights or {})
     before = list(model.parameters())  # held, so that no id below is used twice
     moved: list[_Move] = []
     for e in edits:

@@ -19,6 +19,7 @@ is returned as it is if it runs, and refused with an error if it does not.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.edit import Edit, Remove, SetAttr, apply
+from trimtab.core.meta import Shortcuts, shapes_only
 
 LEAST_MAP = 3  # pixels on the shorter side of the final feature map
 LEAST_GRID = 6  # tokens on the shorter side of a plain ViT
@@ -44,24 +46,41 @@ def fit_to_size(name: str, kwargs: Mapping[str, Any], size: tuple[int, int], *, 
     Raises:
         ValueError: when no adaptation lets the model run at this size.
     """
-    probe = _Probe(name, dict(kwargs), size)
+    builder = timm.model_entrypoint(name) if timm.is_model(name) else None
+    try:
+        hash(tuple(kwargs.values()))
+        fit: Callable[..., Plan] = _fit_once
+    except TypeError:
+        fit = _fit
+    built_with, edits = fit(name, builder, size, adapt, **kwargs)
+    return dict(built_with), list(edits)
+
+
+def _fit(name: str, _: Any, size: tuple[int, int], adapt: bool, /, **kwargs: Any) -> Plan:
+    probe = _Probe(name, kwargs, size)
     plain = probe.kwargs_for(size)
     if not adapt or probe.fine():
         return plain, []
-    best: Plan | None = None
-    most = 0
+    too_small: list[tuple[int, Plan, nn.Module]] = []
     for plan in _plans(probe, size):
-        side = probe.final_side(*plan)
+        side, model = probe.final_side(*plan)
         if side >= (LEAST_GRID if probe.columnar else LEAST_MAP):
+            if probe.runs(model):
+                return plan
+        elif side:
+            too_small.append((side, plan, model))
+    for *_, plan, model in sorted(too_small, key=lambda tried: -tried[0]):
+        if probe.runs(model):
             return plan
-        if side > most:
-            best, most = plan, side
-    if best is None:
-        raise ValueError(
-            f"{name} does not run on {size[0]}x{size[1]} images, also not with smaller strides; "
-            f"choose another model or resize the images (it is made for {probe.native[0]}x{probe.native[1]})"
-        )
-    return best
+    raise ValueError(
+        f"{name} does not run on {size[0]}x{size[1]} images, also not with smaller strides; "
+        f"choose another model or resize the images (it is made for {probe.native[0]}x{probe.native[1]})"
+    )
+
+
+# Trying out takes longer than building, and a job, a search or a comparison makes the same network many times. The
+# builder is part of the key, since a name may be registered anew.
+_fit_once = functools.lru_cache(maxsize=256, typed=True)(_fit)
 
 
 def final_map(model: nn.Module, size: tuple[int, int], in_chans: int) -> tuple[int, int]:
@@ -69,7 +88,7 @@ def final_map(model: nn.Module, size: tuple[int, int], in_chans: int) -> tuple[i
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     training = model.training
     try:
-        with torch.no_grad():
+        with torch.no_grad(), Shortcuts():
             features: Any = model.eval().forward_features
             out = features(torch.zeros(1, in_chans, *size, device=device))
     finally:
@@ -134,7 +153,7 @@ class _Probe:
     def build(self, kwargs: Mapping[str, Any]) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             try:
-                with torch.device("meta"):
+                with shapes_only():
                     return timm.create_model(self.name, pretrained=False, **kwargs)
             except (NotImplementedError, RuntimeError):  # an initialisation that needs numbers
                 return timm.create_model(self.name, pretrained=False, **kwargs)
@@ -157,16 +176,23 @@ class _Probe:
             return {**self.kwargs, "img_size": list(size)}
         return dict(self.kwargs)
 
-    def final_side(self, kwargs: Mapping[str, Any], edits: list[Edit]) -> int:
-        """Shorter side of the final map at the requested size; 0 when the model does not run."""
+    def final_side(self, kwargs: Mapping[str, Any], edits: list[Edit]) -> tuple[int, nn.Module]:
+        """Shorter side of the final map at the requested size, and the model; 0 when it does not come so far."""
+        model = self.model
         try:
             model = apply(self.build(kwargs), edits)
-            side = min(self._final(model, self.size))
-            with torch.no_grad():
-                model.eval()(self._image(model, self.size))
-            return side
+            return min(self._final(model, self.size)), model
         except Exception:  # whatever a third-party forward raises, it means: not this one
-            return 0
+            return 0, model
+
+    def runs(self, model: nn.Module) -> bool:
+        """Whether the whole model takes images of the requested size."""
+        try:
+            with torch.no_grad(), Shortcuts():
+                model.eval()(self._image(model, self.size))
+        except Exception:
+            return False
+        return True
 
     def without_leading_strides(self, factor: int) -> list[Edit] | None:
         """Edits that make the final map `factor` times larger; None when there are not so many strides."""

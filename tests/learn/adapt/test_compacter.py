@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 
 import pytest
 import timm
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
 
 import trimtab as tt
+from tests.elsewhere import python
 from trimtab import testing
 from trimtab.core import edit
 from trimtab.core.edit import Narrow, history
@@ -381,7 +380,7 @@ def test_the_whole_model_loads_in_a_fresh_process_and_trains_on(tmp_path, digits
         "import torch, trimtab as tt; from pathlib import Path; p = Path(__import__('sys').argv[1])\n"
         "io = torch.load(p / 'io.pt'); assert torch.equal(tt.load(p / 'whole')(io['x']), io['y'])"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    python(code, tmp_path)
     back = freeze(tt.load(tmp_path / "whole"))
     assert count(back) == count(small)
     tt.fit(back, digits, epochs=1, batch_size=64, progress=False, **TRAINING)

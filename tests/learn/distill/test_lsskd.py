@@ -14,6 +14,7 @@ import trimtab as tt
 from tests.learn.toy import Toy, net, same, weights
 from trimtab import testing
 from trimtab.core.cost import measure
+from trimtab.core.meta import shapes_only
 from trimtab.learn import HSAKD, LSSKD, Batch, Context, fit
 from trimtab.learn.distill.lsskd import Block, Branched, add_branches, branch_points, joint_labels, marginal, rotations
 
@@ -148,7 +149,7 @@ def params(module: nn.Module) -> int:
 @pytest.mark.parametrize("name", TABLE)
 def test_branches_cost_what_those_of_the_official_code_cost(name):
     build, backbone, branches, macs, macs_with = TABLE[name]
-    with torch.device("meta"):
+    with shapes_only():
         model = build()
         names = branch_points(model)
         whole = Branched(model, names, add_branches(model, names, 400, torch.zeros(2, 3, 32, 32), "stages"))
@@ -160,7 +161,7 @@ def test_branches_cost_what_those_of_the_official_code_cost(name):
 
 
 def test_branches_of_resnet18_on_imagenet():
-    with torch.device("meta"):
+    with shapes_only():
         model = timm.create_model("resnet18")
         branches = add_branches(model, branch_points(model), 4000, torch.zeros(2, 3, 224, 224), "stages")
     assert params(model) == 11_689_512
@@ -182,7 +183,7 @@ POINTS = {
 @pytest.mark.parametrize("name", POINTS)
 def test_branches_fit_any_architecture_without_configuration(name):
     side = 224 if "224" in name else 64
-    with torch.device("meta"):
+    with shapes_only():
         model, x = timm.create_model(name, num_classes=10), torch.zeros(2, 3, side, side)
         names = branch_points(model)
         assert names == POINTS[name]

@@ -13,6 +13,7 @@ from torch import nn
 import trimtab as tt
 from trimtab import testing
 from trimtab.core.errors import ArtifactError, DataError
+from trimtab.core.meta import shapes_only
 from trimtab.learn import KD, FastDistill, Mixup, methods
 from trimtab.learn.distill.tinyvit import LabelStore, dense, mix_pairs, record, save_labels, sparse
 
@@ -62,7 +63,7 @@ def batches(views, epoch=0, batch_size=12):
     ],
 )
 def test_parameters_and_macs_are_those_of_the_authors(name, params, with_22k, macs):
-    with torch.device("meta"):
+    with shapes_only():
         model = timm.create_model(name, num_classes=1000)
         size = model.pretrained_cfg["input_size"]
     cost = tt.measure(model, size, what=("params", "macs"))
@@ -77,7 +78,7 @@ def test_every_smaller_model_is_a_contraction_of_the_next_larger():
     """No factor grows from 21M to 11M to 5M: widths, blocks, windows, expansions."""
 
     def factors(name):
-        with torch.device("meta"):
+        with shapes_only():
             model = timm.create_model(name)
         blocks = [b for stage in model.stages for b in stage.blocks]
         return (
@@ -96,7 +97,7 @@ def test_every_smaller_model_is_a_contraction_of_the_next_larger():
 
 
 def test_stage_shapes():
-    with torch.device("meta"):
+    with shapes_only():
         model = timm.create_model("tiny_vit_5m_224").eval()
         x, shapes = model.patch_embed(torch.zeros(1, 3, 224, 224)), []
         for stage in model.stages:
