@@ -32,7 +32,7 @@ from trimtab.search.samplers import Sampler, Sandwich, Uniform
 from trimtab.search.scores import Scores
 from trimtab.search.space import Arch, Key, Space
 
-_CACHED = 256  # skeletons of children
+_CACHED = 512  # skeletons of children
 _TIMED = ("latency", "energy")  # differ from one measurement to the next
 
 
