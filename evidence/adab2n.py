@@ -2,6 +2,12 @@
 
 Every image of the stream comes once, ten new and ten old ones in a step. All have the same memory, losses, steps and
 learning rate. Three seeds, each with another order of classes, take about three minutes of one CPU core.
+
+After a first run had shown no gain, pilots on digits (three or four seeds, images carved from training images) looked
+for a stream in which it has room. Points of accuracy over one pass and over two, with standard errors: as many old as
+new images in a step, -0.7 +- 0.3 and -0.4 +- 0.8; two old ones to ten new ones, -0.5 +- 0.6 and +2.4 +- 0.6; five tasks
+of all classes with different exposures, -0.7 +- 0.9 and +5.0 +- 2.8. Momenta of kappa 0.4, 0.7 and 1 gave the same. So
+what helps at this size is the one pass, which AdaB2N needs and any batch norm can have. The script was left as it was.
 """
 
 from __future__ import annotations
@@ -82,7 +88,9 @@ def run(context: Context) -> list[ClaimResult]:
             f"Against the better baseline ({best}): {100 * (mean['adab2n'] - mean[best]):+.1f} points. Statistics off: "
             "running mean and variance against those of all training images, in units of these, behind a fixed random "
             "convolution that sees the stream (this decides), and in the first norm of the trained network, where a "
-            "longer memory is also one of older weights.",
+            "longer memory is also one of older weights. In pilots on digits it gained over batch norms with a pass "
+            "for each where few old images come with many new ones (+2.4 points), and nowhere over those with one "
+            "pass.",
         ),
         _momentum(),
         _cost(),

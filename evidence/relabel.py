@@ -3,8 +3,14 @@
 A canvas of 2 to 4 handwritten digits, at random places and sizes on grey: objects so simple that a small annotator is
 as strong as the paper's. It learns single ones, on a quarter of a canvas. Then the same small network learns from
 random crops of canvases: with the single label, with the mean of the label map (global), and with what the map says
-inside the crop (localized). It is tested on crops with their true label sets. Sizes and steps were chosen on another
-division of the digits than those that are scored (`DIVISION`). Three seeds take about four minutes of one CPU core.
+inside the crop (localized). It is tested on crops and on whole canvases with their true label sets. Sizes and steps
+were chosen on another division of the digits than those that are scored (`DIVISION`). Three seeds take about seven
+minutes of one CPU core.
+
+In a first run, with six epochs of the annotator and ten of the students, localized labels gained 0.4 points. In pilots,
+on that other division and with one seed, the best label of such an annotator was valid for 90 % of the crops, of one
+with twenty epochs for 93 %, and the single label for 81 %; and with the stronger annotator, which the method asks for,
+students of eight epochs gained 5.7 points. What is asked for is as before, and whole canvases besides.
 """
 
 from __future__ import annotations
@@ -37,12 +43,13 @@ TRAINING: dict[str, Any] = {"val": None, "progress": False, "batch_size": 32, "l
 
 
 def run(context: Context) -> list[ClaimResult]:
-    singles, canvases, tests = context.choose(full=(3000, 1000, 2000), smoke=(120, 80, 40))
-    epochs, ahead = context.choose(full=(10, 6), smoke=(1, 1))
+    singles, canvases, tests = context.choose(full=(2000, 1000, 2000), smoke=(120, 80, 40))
+    epochs, ahead = context.choose(full=(15, 20), smoke=(1, 1))
     names = ("single", "global", "localized")
     real: dict[str, list[float]] = {n: [] for n in names}
     asma: dict[str, list[float]] = {n: [] for n in names}
     noisy: dict[str, list[float]] = {n: [] for n in names}
+    whole: dict[str, list[float]] = {n: [] for n in names}
     seconds: dict[str, list[float]] = {"pooling": [], "annotator": []}
     for seed in context.each_seed():
         data = load_data("digits", seed=seed + DIVISION)
@@ -69,6 +76,7 @@ def run(context: Context) -> list[ClaimResult]:
                 real[name].append(found["real"])
                 asma[name].append(found["asma"])
                 noisy[name].append(judged(net, held, boxes, data.num_classes, seed, noise=NOISE)["real"])
+                whole[name].append(judged(net, held, boxes, data.num_classes, seed, words="none")["real"])
     where = f"{data.name}, {canvases} canvases of 2 to 4 objects, {SIDE} x {SIDE}"
     gain = [a - b for a, b in zip(real["localized"], real["single"], strict=True)]
     mean = {n: float(np.mean(v)) for n, v in real.items()}
@@ -88,17 +96,18 @@ def run(context: Context) -> list[ClaimResult]:
         ),
         ClaimResult(
             "robust",
-            bool(
-                np.mean(noisy["localized"]) > np.mean(noisy["single"])
-                and np.mean(asma["localized"]) > np.mean(asma["single"])
-            ),
-            {"noisy": stats(noisy["localized"]), "asma": stats(asma["localized"])},
-            {"noisy_single": stats(noisy["single"]), "asma_single": stats(asma["single"])},
+            all(np.mean(scores["localized"]) > np.mean(scores["single"]) for scores in (noisy, whole, asma)),
+            {"noisy": stats(noisy["localized"]), "whole": stats(whole["localized"]), "asma": stats(asma["localized"])},
+            {
+                "noisy_single": stats(noisy["single"]),
+                "whole_single": stats(whole["single"]),
+                "asma_single": stats(asma["single"]),
+            },
             context.seeds,
             where,
-            f"Crops with noise of {NOISE} grey levels that training did not have, and all valid labels (ASMA over "
-            "crops of 1 to 4 objects), in place of ImageNetV2 and the multi-label sets of ImageNet. Holds: both are "
-            "better.",
+            f"Crops with noise of {NOISE} grey levels that training did not have, in place of ImageNetV2, and whole "
+            "canvases with all valid labels, in place of ReaL and the multi-label set of ImageNet: is the best "
+            "prediction an object that is there? ASMA over crops of 1 to 4 objects. Holds: all three are better.",
         ),
         ClaimResult(
             "cheap",
@@ -159,9 +168,11 @@ def _paste(canvas: Tensor, source: Any, corner: tuple[int, int], rng: np.random.
 
 
 @torch.no_grad()
-def judged(net: Any, held: Data, boxes: Tensor, classes: int, seed: int, noise: float = 0.0) -> dict[str, Any]:
-    """Scores of random crops against the objects that they show."""
-    augment, n = parse_augment("rrc=0.1"), len(boxes)
+def judged(
+    net: Any, held: Data, boxes: Tensor, classes: int, seed: int, *, noise: float = 0.0, words: str = "rrc=0.1"
+) -> dict[str, Any]:
+    """Scores of random crops, or of whole canvases (`words="none"`), against the objects that they show."""
+    augment, n = parse_augment(words), len(boxes)
     draws = augment.draw(n, (SIDE, SIDE), torch.Generator().manual_seed(seed))
     crop = augment.crop_box(n, (SIDE, SIDE), draws)
     images = augment.apply(held.splits["test"].pixels(torch.arange(n)), draws).float()

@@ -117,7 +117,12 @@ phases:
 
 
 @pytest.mark.parametrize(
-    "said", ["{method: nmc, tasks: 5, seed: 2}", "{method: slca, tasks: 2, epochs: 1, progress: false}"]
+    "said",
+    [
+        "{method: nmc, tasks: 5, seed: 2}",
+        "{method: slca, tasks: 2, epochs: 1, progress: false}",
+        "{method: adab2n, tasks: 2, batch_size: 64, buffer: 50, progress: false}",
+    ],
 )
 def test_a_recipe_adapts_and_a_second_run_repeats_nothing(tmp_path, monkeypatch, said):
     file = tmp_path / "r.yaml"
@@ -129,6 +134,42 @@ def test_a_recipe_adapts_and_a_second_run_repeats_nothing(tmp_path, monkeypatch,
     assert (tmp_path / "o/model.onnx").is_file()
     monkeypatch.setattr("trimtab.learn.adapt.methods.run", lambda *a, **k: pytest.fail("adapted again"))
     assert run(file)["accuracy"] == result["accuracy"]
+
+
+def test_a_recipe_holds_classes_out_and_keeps_the_scores(tmp_path, monkeypatch):
+    said = "{method: hvcm, hold_out: 3, groups: 2, dim: 4, embedding: 16, epochs: 1, progress: false}"
+    file = tmp_path / "r.yaml"
+    file.write_text(RECIPE.format(out=tmp_path / "o", said=said))
+    result = run(file)
+    report = json.loads((tmp_path / "o/phases/2-adapted/result.json").read_text())
+    assert set(report["ood"]["hvcm"]) == {"held out", "noise"}
+    assert report["accuracy"]["hvcm"] == pytest.approx(result["accuracy"])
+    assert tt.load(tmp_path / "o")(torch.zeros(1, 1, 8, 8)).shape == (1, 7)
+    known, _ = tt.learn.adapt.hold_out(tt.load_data("digits"), 3, seed=0)
+    kept = json.loads((tmp_path / "o/trimtab.json").read_text())
+    assert kept["labels"] == known.class_names
+    monkeypatch.setattr("trimtab.learn.adapt.methods.run", lambda *a, **k: pytest.fail("adapted again"))
+    assert run(file)["accuracy"] == result["accuracy"]  # on the seven classes, as before
+
+
+@pytest.mark.parametrize(
+    ("model", "said", "classes"),
+    [
+        ("trim_1k", "{method: mlc, clusters: 12, dim: 16, hidden: 16, layers: 1, epochs: 1, progress: false}", 12),
+        ("cct_2_3x2_32", "{method: compacter, n: 2, epochs: 1, batch_size: 64, progress: false}", 10),
+    ],
+)
+def test_a_recipe_clusters_and_inserts_adapters(tmp_path, model, said, classes):
+    file = tmp_path / "r.yaml"
+    file.write_text(f"""
+data: {{spec: digits, limit: 250}}
+model: {{name: {model}}}
+out: {tmp_path / "o"}
+phases:
+  - adapt: {said}
+""")
+    assert run(file)["accuracy"] == run(file)["accuracy"]
+    assert tt.load(tmp_path / "o")(torch.zeros(1, 1, 8, 8)).shape == (1, classes)
 
 
 @pytest.mark.parametrize(

@@ -40,12 +40,12 @@ def is_transformer(model: ModelProto) -> bool:
 
 @contextmanager
 def _hushed() -> Iterator[None]:
-    """Silence what onnxruntime.quantization has to say: advice to the root logger, progress to stdout."""
+    """Silence what onnxruntime.quantization has to say: advice and tracebacks to the log, progress to stdout."""
     import onnxruntime as ort
 
     root = logging.getLogger()
     before = root.level
-    root.setLevel(logging.ERROR)
+    root.setLevel(logging.CRITICAL)
     ort.set_default_logger_severity(4)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -60,11 +60,12 @@ def preprocess(model: ModelProto) -> ModelProto:
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     with tempfile.TemporaryDirectory() as folder, _hushed():
-        out = Path(folder) / "pre.onnx"
+        out, file = Path(folder) / "pre.onnx", Path(folder) / "model.onnx"
+        onnx.save(model, file)  # given a graph in memory, it may take the weights out of it and not find them again
         try:
-            quant_pre_process(model, out)
+            quant_pre_process(file, out)
         except Exception:  # symbolic shape inference gives up on some graphs; the rest of the step is what matters
-            quant_pre_process(model, out, skip_symbolic_shape=True)
+            quant_pre_process(file, out, skip_symbolic_shape=True)
         ready = onnx.load(out)
     _norms_to_convs(ready)
     drop_unused(ready)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from trimtab.core.lazy import lazy
 from trimtab.learn.convert import convert
-from trimtab.learn.evaluate import evaluate, logits
+from trimtab.learn.evaluate import evaluate, evaluate_sets, logits
 from trimtab.learn.fit import Diverged, FitResult, fit
 from trimtab.learn.frozen import Frozen, snapshot
 from trimtab.learn.losses import kl, soft_ce
@@ -89,6 +89,7 @@ __all__ = [
     "Batch",
     "backward_all",
     "evaluate",
+    "evaluate_sets",
     "logits",
     "Schedule",
     "Mixer",

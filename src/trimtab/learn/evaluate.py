@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -101,6 +103,35 @@ def logits(
     if not rows:
         raise DataError(f"split {split!r} is empty")
     return torch.cat([r[0] for r in rows]), torch.cat([r[1] for r in rows])
+
+
+def evaluate_sets(
+    model: nn.Module,
+    data: Any,
+    sets: str | os.PathLike[str],
+    split: str = "test",
+    *,
+    most: int = 5,
+    min_size: int = 100,
+) -> dict[str, Any]:
+    """How good a classifier is where an image may have several valid labels, see `data.MultiLabelAccuracy`.
+
+    Args:
+        sets: a file with all valid labels of each image of the split, by name: JSON or CSV.
+        most, min_size: ASMA averages groups of up to so many labels, and of at least so many images.
+
+    Raises:
+        DataError: there is no such split, or an image is not in the file.
+    """
+    from trimtab.data.curate.imagenet_multilabel import MultiLabelAccuracy, multi_hot, read_label_sets
+
+    if split not in data.splits:
+        raise DataError(f"split must be one of {', '.join(data.splits)}, got {split!r}")
+    valid = multi_hot(read_label_sets(sets, data.splits[split].names), data.num_classes)
+    metric = MultiLabelAccuracy(data.num_classes, most=most, min_size=min_size, protocol=Path(sets).name)
+    scores, label = logits(model, data, split)
+    metric.update(scores, valid, label)
+    return metric.compute()
 
 
 def predictions(

@@ -197,8 +197,9 @@ def test_label_sets_are_joined_by_name(tmp_path):
             read_label_sets(file, names)
 
 
-def test_from_the_command_line(tmp_path, monkeypatch, capsys):
+def test_from_the_command_line_and_a_recipe(tmp_path, monkeypatch, capsys):
     from trimtab import cli
+    from trimtab.compact.recipe import RecipeError, run
 
     monkeypatch.chdir(tmp_path)
     data = tt.load_data("digits", seed=0)
@@ -213,6 +214,24 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert found["real"] >= found["top1"] and found["n"] == len(test)
     assert cli.main(["analyze", "labels", "big", "--sets", "sets.json"]) == 0
     assert "ASMA averages groups 2; 0 images unlabelled" in capsys.readouterr().out
+
+    recipe = tmp_path / "recipe.yaml"
+    text = """
+data: digits
+model: {load: big}
+phases:
+  - export: {}
+label_sets: {sets: sets.json, min_size: 20}
+"""
+    recipe.write_text(text)
+    assert run(recipe)["label_sets"]["real"] == pytest.approx(found["real"])
+    for wrong, says in (
+        (("min_size", "sise"), "has no option 'sise'"),
+        (("sets.json", "lost.json"), "no file lost.json"),
+    ):
+        recipe.write_text(text.replace(*wrong))
+        with pytest.raises(RecipeError, match=says):
+            run(recipe)
 
 
 # -- making label sets ------------------------------------------------------------------------------------------------

@@ -157,15 +157,51 @@ def annotator(classes: int = 10, chans: int = 1, size: int = 32) -> nn.Module:
     return tt.create_model("resnet8_mlperf_tiny", num_classes=classes, in_chans=chans, img_size=size, seed=0).eval()
 
 
-@pytest.mark.parametrize("name", ["resnet8_mlperf_tiny", "mobilenetv3_small_050", "swin_tiny_patch4_window7_224"])
-def test_the_mean_of_the_map_is_the_usual_logits_where_the_head_is_linear(name):
-    model = tt.create_model(name, num_classes=7, in_chans=3, img_size=32, seed=0).eval()
-    images = torch.randn(2, 3, 32, 32, generator=seeded())
+TOKENS = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "adapt": False}
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "size"),
+    [
+        ("resnet8_mlperf_tiny", {}, None),
+        ("mobilenetv3_small_050", {}, None),  # its head has a layer with an activation after the pooling
+        ("swin_tiny_patch4_window7_224", {}, None),
+        ("vit_tiny_patch16_224", {**TOKENS, "global_pool": "avg", "fc_norm": False}, (4, 6)),
+        ("vit_tiny_patch16_224", {**TOKENS, "global_pool": "avg", "fc_norm": False, "class_token": False}, (4, 6)),
+    ],
+)
+def test_the_mean_of_the_map_is_the_usual_logits_where_the_head_is_linear(name, kwargs, size):
+    shape = (32, 48) if size else (32, 32)
+    model = tt.create_model(name, num_classes=7, in_chans=3, img_size=shape, seed=0, **kwargs).eval()
+    images = torch.randn(2, 3, *shape, generator=seeded())
     maps = label_map(model, images)
-    assert maps.shape[:2] == (2, 7)
-    if name != "mobilenetv3_small_050":  # its head has a layer with an activation after the pooling
+    assert maps.shape[:2] == (2, 7) and size in (None, maps.shape[2:])
+    if name != "mobilenetv3_small_050":
         with torch.no_grad():
             assert torch.allclose(maps.mean((2, 3)), model(images), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
+def test_of_a_class_token_s_head_every_patch_is_asked(name):
+    model = tt.create_model(name, num_classes=7, in_chans=3, img_size=32, seed=0, **TOKENS).eval()
+    images = torch.randn(2, 3, 32, 32, generator=seeded())
+    maps = label_map(model, images)
+    with torch.no_grad():
+        patch = model.forward_features(images)[:, model.num_prefix_tokens + 4 * 2 + 3]
+        heads = [h for h in (model.head, getattr(model, "head_dist", None)) if h is not None]
+        assert torch.allclose(maps[:, :, 2, 3], sum(h(patch) for h in heads) / len(heads), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"), [("vit_tiny_patch16_224", TOKENS | {"patch_size": 4}), ("cct_2_3x2_32", {})]
+)
+def test_a_transformer_s_maps_are_kept_and_learned_from(tmp_path, name, kwargs):
+    data = tt.load_data("shapes:classes=3,size=16,n=90")
+    annotates = tt.create_model(name, num_classes=3, img_size=16, seed=0, **kwargs)
+    made = relabel(data, annotates, tmp_path / "maps")
+    assert made.size == (4, 4) and made.top == 3
+    student = tt.create_model("resnet8_mlperf_tiny", num_classes=3, img_size=16, seed=0)
+    tt.fit(student, data, LabelPooling(maps=tmp_path / "maps"), epochs=1, augment="rrc=0.3", progress=False)
 
 
 def test_maps_are_stored_compactly_and_found_by_name(tmp_path):
@@ -220,6 +256,18 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
         relabel(data, annotator(3, 3, 16).requires_grad_(False).apply(lambda m: None), tmp_path / "maps", top=1)
 
 
+class Tokens(nn.Module):
+    """Five tokens, of which it says that none is before the others."""
+
+    num_prefix_tokens = 0
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        return x.new_zeros(len(x), 5, 4)
+
+    def forward_head(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -231,6 +279,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
             "must have forward_features and forward_head, got Flatten",
         ),
         (lambda d, t: LabelMaps(t / "none"), DataError, "has no label maps; make them with"),
+        (lambda d, t: relabel(d, Tokens(), t), ValueError, "must give a token for each of 2 x 2 patches, got 5 tokens"),
     ],
 )
 def test_what_cannot_work_is_refused(call, error, message, tmp_path):

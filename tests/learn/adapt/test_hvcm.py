@@ -58,6 +58,14 @@ def test_attributes_are_within_one():
     )
 
 
+def test_directions_start_as_short_as_the_other_layers_of_the_head():
+    """With a variance of one they would be 50 times as long, and a step would turn them 2500 times less."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        head = HVCMHead(64, 10, groups=32, dim=32)
+    assert float(head.direction.detach().norm(dim=1).mean()) == pytest.approx(0.02 * 256**0.5, rel=0.05)
+
+
 def test_divergences_move_one_side_each():
     q, c = (torch.randn(5, 4, 8, requires_grad=True) for _ in range(2))
     move, follow = divergences(q, c)

@@ -65,6 +65,17 @@ def test_usual_scores_tell_digits_from_noise():
     assert all(sets["held out"]["auroc"] > 0.5 for sets in table.values())
 
 
+def test_a_class_with_one_image_has_no_covariance_and_the_other_scores_go_on():
+    data = tt.load_data("digits", limit=200)
+    train = data.splits["train"]
+    rows = torch.cat([(train.labels != 3).nonzero().flatten(), (train.labels == 3).nonzero().flatten()[:1]])
+    few = data.like(splits={**data.splits, "train": train.take(rows)})
+    scores = post_hoc(tt.create_model("trim_1k", num_classes=10, in_chans=1, img_size=8, seed=0), few)
+    with pytest.raises(ValueError, match="class 3 has 1 training images; a covariance needs at least 2"):
+        scores["mahalanobis"](few, "test")
+    assert all(scores[name](few, "test").isfinite().all() for name in ("msp", "energy", "knn", "mahalanobis_shared"))
+
+
 def test_held_out_classes_are_in_neither_part_twice():
     data = tt.load_data("digits", limit=300)
     known, unknown = hold_out(data, 4, seed=1)

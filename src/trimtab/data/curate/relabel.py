@@ -12,12 +12,16 @@ map, with weights that are a product of one for rows and one for columns; they a
 scores are summed, without ever making the map dense. Maps are found by the name of an image, never by its place in a
 listing. They are made from images as `load_data` gives them (the largest centred box), as the paper squashes them: what
 counts is that training sees the same.
+
+The annotator may be a transformer, whose places are its patches. One that averages its patch tokens has learned to
+judge them; the head of one that reads a class token is asked about tokens that it was not trained on.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -105,9 +109,9 @@ def relabel(
 
 @torch.no_grad()
 def label_map(model: Any, images: Tensor) -> Tensor:
-    """Class scores at every place, (B, C, h, w): the classifier's head applied to each place of its feature map.
+    """Class scores at every place, (B, C, h, w): the classifier's head applied to each place of its features.
 
-    Where the head is linear after its pooling, their mean over places is the usual logits.
+    Where the head is linear after an average over places, the mean of the map is the usual logits.
 
     Raises:
         ValueError: the model has no such map.
@@ -116,15 +120,36 @@ def label_map(model: Any, images: Tensor) -> Tensor:
         raise ValueError(f"the model must have forward_features and forward_head, got {type(model).__name__}")
     with eval_mode(model):
         found = model.forward_features(images)
-        if not isinstance(found, Tensor) or found.ndim != 4:
+        if not isinstance(found, Tensor) or found.ndim not in (3, 4):
             got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise ValueError(f"{type(model).__name__} must give feature maps (B, D, h, w), got {got}")
-        last = found.shape[-1] == model.num_features and found.shape[1] != model.num_features
-        places = found if last else found.permute(0, 2, 3, 1)  # (B, h, w, D)
-        b, h, w, d = places.shape
-        flat = places.reshape(b * h * w, 1, 1, d)
-        scores = model.forward_head(flat if last else flat.permute(0, 3, 1, 2))
+            raise ValueError(
+                f"{type(model).__name__} must give feature maps (B, D, h, w) or tokens (B, N, D), got {got}"
+            )
+        b = len(found)
+        if found.ndim == 3:
+            h, w = _grid(model, found.shape[1])
+            before = found.shape[1] - h * w  # class tokens and the like
+            # copies of one token, in all places where the head may look for one
+            flat = found[:, before:].reshape(b * h * w, 1, -1).expand(-1, before + 1, -1)
+        else:
+            last = found.shape[-1] == model.num_features and found.shape[1] != model.num_features
+            places = found if last else found.permute(0, 2, 3, 1)  # (B, h, w, D)
+            h, w = places.shape[1:3]
+            flat = places.reshape(b * h * w, 1, 1, -1)
+            flat = flat if last else flat.permute(0, 3, 1, 2)
+        scores = model.forward_head(flat)
     return scores.float().view(b, h, w, -1).permute(0, 3, 1, 2)
+
+
+def _grid(model: Any, tokens: int) -> tuple[int, int]:
+    """Rows and columns of the patches among a transformer's tokens; a square where it does not say."""
+    before = getattr(model, "num_prefix_tokens", None)
+    side = math.isqrt(max(tokens - (before or 0), 0))
+    said = (getattr(m, "grid_size", None) for m in (getattr(model, "patch_embed", None), model))
+    h, w = next((size for size in said if size is not None), (side, side))
+    if tokens < h * w or (before is not None and tokens - before != h * w):
+        raise ValueError(f"{type(model).__name__} must give a token for each of {h} x {w} patches, got {tokens} tokens")
+    return h, w
 
 
 class LabelMaps:

@@ -96,9 +96,11 @@ class HVCMHead(nn.Module):
             nn.init.trunc_normal_(layers[-2].weight, std=0.02)  # type: ignore[arg-type]
             nn.init.zeros_(layers[-2].bias)  # type: ignore[arg-type]
         self.body = nn.Sequential(*layers[:-1])
-        self.direction = nn.Parameter(torch.randn(groups * dim, embedding))
+        # Only its directions count, but the longer its rows are, the less a step turns them: they start short.
+        self.direction = nn.Parameter(nn.init.trunc_normal_(torch.empty(groups * dim, embedding), std=0.02))
         self.gain = nn.Parameter(torch.ones(groups * dim, 1), requires_grad=False)  # of the weight norm; fixed
         self.component = nn.Linear(embedding, groups, bias=False)
+        nn.init.trunc_normal_(self.component.weight, std=0.02)
         self.centres = nn.Parameter(torch.randn(num_classes, groups, dim))
         self.omega: Tensor
         self.mean: Tensor

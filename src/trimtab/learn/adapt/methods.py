@@ -96,6 +96,30 @@ def run(method: str, model: nn.Module, data: Data, **options: Any) -> Adapted:
     return Adapted(result.model, data, result.asdict())
 
 
+def known(method: str, data: Data, **options: Any) -> Data:
+    """The data as the adapted model knows them: without classes that were held out, with a name for every cluster.
+
+    Args:
+        **options: as for `run`.
+
+    >>> data = load_data("digits")
+    >>> known("hvcm", data, hold_out=[8, 9]).class_names[-1], known("mlc", data, clusters=12).class_names[-1]
+    ('7', 'cluster 11')
+    """
+    if method == "hvcm" and options.get("hold_out") is not None:
+        from trimtab.learn.adapt.ood import hold_out
+
+        return hold_out(data, options["hold_out"], seed=options.get("seed", 0))[0]
+    if method == "mlc" and (options.get("clusters") or 0) > data.num_classes:
+        more = copy(data)
+        more.class_names = [
+            *data.class_names,
+            *(f"cluster {i}" for i in range(data.num_classes, options["clusters"])),
+        ]
+        return more
+    return data
+
+
 def _find(method: str) -> Any:
     from trimtab.learn import adapt
 
@@ -135,9 +159,7 @@ def _clusters(
         "method": "mlc", "clusters": k, "images": len(found.rows),
         "clustering": {name: cluster_metrics(c, labels[found.rows]) for name, c in same.items()},
     }  # fmt: skip
-    more = copy(data)
-    more.class_names = [*data.class_names, *(f"cluster {i}" for i in range(data.num_classes, k))]
-    return Adapted(found.model, more, report)
+    return Adapted(found.model, known("mlc", data, clusters=k), report)
 
 
 def _density(
@@ -155,17 +177,17 @@ def _density(
     from trimtab.learn.adapt.hvcm import hvcm_scores
     from trimtab.learn.evaluate import evaluate
 
-    known, sets = data, {}
+    own, sets = data, {}
     if hold_out is not None:
-        known, sets["held out"] = ood.hold_out(data, hold_out, seed=seed)
+        own, sets["held out"] = ood.hold_out(data, hold_out, seed=seed)
     paths = [strange] if isinstance(strange, str) else list(strange)
     shape: dict[str, Any] = {"image_size": data.size, "in_chans": data.in_chans}
-    sets |= ood.strangers(known, {path: load_data(path, **shape) for path in paths})
-    sets["noise"] = ood.noise(known, seed=seed)
+    sets |= ood.strangers(own, {path: load_data(path, **shape) for path in paths})
+    sets["noise"] = ood.noise(own, seed=seed)
     folder = Path(out) if out is not None else None
-    learned = hvcm(model, known, seed=seed, out=folder / "hvcm" if folder else None, **given)
+    learned = hvcm(model, own, seed=seed, out=folder / "hvcm" if folder else None, **given)
     how = {k: v for k, v in given.items() if k in training.parameters(baselines.classifier)}
-    plain = baselines.classifier(model, known, seed=seed, out=folder / "classifier" if folder else None, **how)
-    scores = {"hvcm": lambda other, split: hvcm_scores(learned, other, split), **ood.post_hoc(plain, known)}
-    accuracy = {"hvcm": evaluate(learned, known)["accuracy"], "classifier": evaluate(plain, known)["accuracy"]}
-    return Adapted(learned, known, {"method": "hvcm", "accuracy": accuracy, "ood": ood.compare(scores, known, sets)})
+    plain = baselines.classifier(model, own, seed=seed, out=folder / "classifier" if folder else None, **how)
+    scores = {"hvcm": lambda other, split: hvcm_scores(learned, other, split), **ood.post_hoc(plain, own)}
+    accuracy = {"hvcm": evaluate(learned, own)["accuracy"], "classifier": evaluate(plain, own)["accuracy"]}
+    return Adapted(learned, own, {"method": "hvcm", "accuracy": accuracy, "ood": ood.compare(scores, own, sets)})

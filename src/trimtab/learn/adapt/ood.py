@@ -105,7 +105,7 @@ def post_hoc(model: nn.Module, data: Data, *, k: int = 50, relative: float = 1e-
         data: what it was trained on. k: neighbours. relative: ridge of the covariances.
 
     Raises:
-        ValueError: a class has a single training image, so that it has no covariance.
+        ValueError: by "mahalanobis": a class has a single training image, so that it has no covariance.
     """
     extractor = FeatureExtractor(model)
     bank, labels = extractor.of(data, "train")
