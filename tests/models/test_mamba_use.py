@@ -37,7 +37,7 @@ def test_pruning_meets_a_budget_of_macs(net, tmp_path):
     small = tt.compress.magnitude(net, (3, SIDE, SIDE), budget="macs<=60%")
     before, after = (tt.measure(n, (3, SIDE, SIDE), what=("macs", "params")) for n in (net, small))
     assert type(small) is type(net) and 0.4 * before.macs < after.macs <= 0.6 * before.macs
-    assert after.params < 0.8 * before.params
+    assert after.params < 0.9 * before.params
     tt.save(small, tmp_path)
     x = torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(tt.load(tmp_path).eval()(x), small(x))

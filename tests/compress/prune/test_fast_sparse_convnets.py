@@ -291,7 +291,7 @@ def test_surgery_passes_the_battery(block):
     testing.check_surgery(at_once(block), model="trim_mobile_10k", slow=False)
 
 
-def test_it_exports_with_zeros_as_large_as_dense(tmp_path):
+def test_its_file_is_checked_and_smaller_where_there_are_zeros_enough(tmp_path):
     testing.check_surgery(
         at_once(1), model="trim_mobile_10k", slow=True, skip=[n for n, _ in testing.surgery_checks(slow=False)]
     )
@@ -300,7 +300,7 @@ def test_it_exports_with_zeros_as_large_as_dense(tmp_path):
     dense, sparse = (
         tt.export(m, tmp_path / f"{n}.onnx", spec=spec, exporter="classic").size for n, m in (("d", net), ("s", small))
     )
-    assert sparse == pytest.approx(dense, rel=0.05)
+    assert sparse < 0.9 * dense
 
 
 SCRIPT = """

@@ -20,6 +20,7 @@ from PIL import Image
 
 from tests.deploy.serve.service import Service, running
 from tests.deploy.split.conftest import SPEC, student
+from tests.deploy.wire import heard
 from trimtab import cli
 from trimtab.core.errors import ArtifactError
 from trimtab.deploy.split.codec import checksum
@@ -104,7 +105,7 @@ def test_a_payload_that_dribbles_in_is_told_so_and_holds_up_nobody(
     with server.connect() as slow:
         slow.sendall(head.encode() + b"\r\nab")
         assert device.ask(images[0]).origin == "server"
-        told = slow.recv(9999)
+        told = heard(slow)
         assert b" 408 " in told.split(b"\r\n")[0] and b"not complete within 2 seconds" in told
     held = [server.connect() for _ in range(4)]
     try:
@@ -160,20 +161,6 @@ def peer(behave: Callable[[socket.socket], None]) -> Iterator[str]:
     finally:
         listening.shutdown(socket.SHUT_RDWR)
         listening.close()
-
-
-def heard(raw: socket.socket) -> bytes:
-    """A whole request, or answer."""
-    said = b""
-    while b"\r\n\r\n" not in said:
-        if not (part := raw.recv(65536)):
-            raise ValueError("nobody there")
-        said += part
-    head, _, rest = said.partition(b"\r\n\r\n")
-    length = next(int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
-    while len(rest) < length:
-        rest += raw.recv(65536)
-    return head + b"\r\n\r\n" + rest
 
 
 def answering(content: bytes, status: str = "200 OK", **headers: str) -> Callable[[socket.socket], None]:
@@ -361,7 +348,7 @@ def test_ctrl_c_finishes_what_has_begun(parts: Path, images: np.ndarray) -> None
         service.process.send_signal(2)
         time.sleep(0.3)
         raw.sendall(said["content"][8:])
-        assert raw.recv(9999).startswith(b"HTTP/1.1 200")
+        assert heard(raw).startswith(b"HTTP/1.1 200")
         assert service.process.wait(20) == 0 and service.process.stderr.read() == ""
 
 
