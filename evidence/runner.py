@@ -131,15 +131,17 @@ def stats(values: Iterable[float], digits: int = 5) -> dict[str, Any]:
 def reached(results: Sequence[ClaimResult], author: int = 3) -> int:
     """The level that the results support.
 
-    1: nothing holds. 2: every exact claim holds (there is at least one). 3: at least one claim was measured with three
-    or more seeds, and all claims with seeds hold. 4: level 3, and the author vouches for it (``LEVEL = 4``).
+    The headline is the first claim that was measured with seeds, in the order of the card, which is that of the paper.
+
+    1: a claim without seeds, of exact numbers, does not hold. 2: all of these hold. 3: so does the headline, with three
+    or more seeds. 4: level 3, and the author vouches for it (``LEVEL = 4``). Tables say how many of all claims hold.
     """
-    exact = [r for r in results if not r.seeds]
-    seen = [r for r in results if r.seeds]
-    level = 2 if exact and all(r.holds for r in exact) else 1
-    if seen and all(r.holds and len(set(r.seeds)) >= ENOUGH_SEEDS for r in seen) and all(r.holds for r in exact):
-        level = max(3, author)
-    return min(level, author)
+    headline = next((r for r in results if r.seeds), None)
+    if not all(r.holds for r in results if not r.seeds):
+        return 1
+    if headline is None or not headline.holds or len(set(headline.seeds)) < ENOUGH_SEEDS:
+        return min(2, author)
+    return author
 
 
 def scripts(folder: Path = HERE) -> dict[str, Path]:
@@ -149,7 +151,7 @@ def scripts(folder: Path = HERE) -> dict[str, Path]:
 
 
 def check(slug: str, results: Any) -> list[ClaimResult]:
-    """The results of a script if they keep the contract.
+    """The results of a script if they keep the contract, in the order of the card.
 
     Raises:
         ValueError: says what is wrong with them.
@@ -173,7 +175,8 @@ def check(slug: str, results: Any) -> list[ClaimResult]:
         full["holds"] = bool(r.holds)
         full["measured"], full["baseline"] = plain(r.measured), plain(r.baseline)
         checked.append(ClaimResult(**full))
-    return checked
+    order = list(known or ids)
+    return sorted(checked, key=lambda r: order.index(r.id))
 
 
 def plain(value: Any) -> Any:

@@ -149,7 +149,10 @@ def _result(slug: str) -> dict[str, Any] | None:
 
 def _level(slug: str) -> str:
     result = _result(slug)
-    return KINDS[int(result["level"]) if result else 1]
+    if result is None:
+        return KINDS[1]
+    held = [c["holds"] for c in result["claims"]]
+    return KINDS[int(result["level"])] + (f" ({sum(held)} of {len(held)} claims)" if not all(held) else "")
 
 
 def _verdict(claim: dict[str, Any] | None) -> str:
