@@ -125,8 +125,8 @@ def main(argv: list[str] | None = None) -> None:
     methods = {
         "torch-pruning magnitude": torch_pruning("magnitude"),
         "torch-pruning group-norm": torch_pruning("group-norm"),
-        "trimtab magnitude": magnitude("global"),
-        "trimtab magnitude, raw scores": magnitude("raw"),
+        "trimtab magnitude": magnitude("raw"),
+        "trimtab magnitude, scores by group": magnitude("global"),
         "trimtab otov2": otov2,
     }
     contenders = {n: Contender(m, args, data) for n, m in methods.items() if not args.only or n in args.only}

@@ -25,7 +25,7 @@ def magnitude(
     *,
     budget: str | Budget = "macs<=50%",
     norm: int = 2,
-    scope: str = "global",
+    scope: str = "raw",
     round_to: int = 1,
     min_keep: float = 0.1,
 ) -> nn.Module:
@@ -35,8 +35,8 @@ def magnitude(
         data: a `Data`, an input size (C, H, W), an example input (B, C, H, W), or a tuple or dict of example inputs.
         budget: bounds on macs, params, latency, size or memory; a percentage is of the model's own cost.
         norm: 1 or 2.
-        scope: "global" compares all units, each score divided by its group's mean; "local" takes the same share of
-            every group; "raw" compares the scores as they are.
+        scope: "raw" compares the scores of all units as they are; "global" divides each by its group's mean; "local"
+            takes the same share of every group.
         round_to: keep multiples of this many channels where a group has as many.
         min_keep: share of each group that always stays.
 
@@ -62,7 +62,7 @@ def plan(
     *,
     budget: str | Budget = "macs<=50%",
     norm: int = 2,
-    scope: str = "global",
+    scope: str = "raw",
     round_to: int = 1,
     min_keep: float = 0.1,
 ) -> list[Edit]:
