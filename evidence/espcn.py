@@ -3,7 +3,8 @@
 `--data` is the folder with sr_t91 and sr_set5, or sr_t91 in it. First the evaluation itself is checked: the
 cubic must score what the field's tables say. Then ESPCN x3 and an SRCNN that is so narrow that it costs about the same
 (7 % more) are trained alike on patches of T91, a tenth of which is held out and was looked at to choose the learning
-rate. Three seeds take about five minutes of one CPU core.
+rate. Three seeds take about twenty minutes of one CPU core: ESPCN starts from nothing, SRCNN from the cubic, and after
+twenty epochs SRCNN was still ahead.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def _identity() -> ClaimResult:
 
 
 def _trained(context: Context) -> ClaimResult:
-    epochs = context.choose(full=20, smoke=1)
+    epochs = context.choose(full=80, smoke=1)
     tests = testing(context, scale=SCALE, in_chans=1)
     cubic, protocol = scores(Cubic(SCALE), tests), {}
     if folder(context) is not None:
