@@ -6,8 +6,7 @@ from torch import nn
 
 import trimtab as tt
 from trimtab.compact import ways
-from trimtab.compact.deliver import as_stored, deliver
-from trimtab.compact.job import tighter
+from trimtab.compact.deliver import as_stored, deliver, tighter
 from trimtab.compact.speed import TUNE, Settings
 from trimtab.compress.quantize.bitnet_reloaded import BitLayer, PackedBitLayer
 from trimtab.compress.quantize.packing import PackedWeight

@@ -65,3 +65,16 @@ def write_parquet() -> Callable[..., None]:
         pq.write_table(table, path, row_group_size=7)
 
     return write
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A machine without a network, and with nothing of the hub's on its disk."""
+
+    def unknown(*args: object) -> None:
+        raise OSError(-2, "Name or service not known")
+
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("socket.getaddrinfo", unknown)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)

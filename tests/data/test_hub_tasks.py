@@ -70,15 +70,9 @@ def test_a_dataset_without_what_the_task_needs_is_an_error(hub: list[Any]) -> No
         load_data("someone/street:detect", task="segment")
 
 
+@pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("task", TASKS)
-def test_without_a_network_it_is_said_at_once(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_network(*args: object) -> None:
-        raise OSError(-2, "Name or service not known")
-
-    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("socket.getaddrinfo", no_network)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+def test_without_a_network_it_is_said_at_once(task: str) -> None:
     with pytest.raises(DataError, match="'someone/something' is not a folder here, and the Hugging Face hub cannot be"):
         load_data("someone/something", task=task)
     with pytest.raises(DataError, match=f"data for task '{task}' must be .*owner/name.*; got 'nowhere'"):

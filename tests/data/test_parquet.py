@@ -171,14 +171,8 @@ def test_a_dataset_saved_to_disk(folder: Path, tmp_path: Path):
     assert {k: len(v) for k, v in data.splits.items()} == {"train": 27, "val": 3, "test": 6}
 
 
-def test_no_network_is_said_at_once(monkeypatch, tmp_path: Path):
-    def no_network(*args: object) -> None:
-        raise OSError(-2, "Name or service not known")
-
-    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("socket.getaddrinfo", no_network)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+@pytest.mark.usefixtures("no_network")
+def test_no_network_is_said_at_once():
     start = time.monotonic()
     with pytest.raises(DataError, match="'someone/something' is not a folder here, and the Hugging Face hub cannot be"):
         load_data("someone/something")

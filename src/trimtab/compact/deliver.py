@@ -13,7 +13,7 @@ from torch import nn
 from trimtab.compress.quantize import bitnet_reloaded, fliqs
 from trimtab.compress.quantize.packing import PackedWeight
 from trimtab.core.budget import Budget, Verdict
-from trimtab.core.cost import measure_onnx
+from trimtab.core.cost import measure, measure_onnx
 from trimtab.core.log import logger
 from trimtab.data import Data
 from trimtab.deploy import OnnxModel, export
@@ -100,6 +100,28 @@ def deliver(
             "" if accuracy is None else f", validation accuracy {accuracy:.4f}", verdict.explain(),
         )  # fmt: skip
     return sorted(made, key=lambda d: _rank(d, made))
+
+
+def tighter(best: Delivery, model: nn.Module, data: Data, *, safety: float) -> Budget | None:
+    """Bounds on parameters and MACs that should bring a file inside its budget; None when cutting cannot help."""
+    rows = [r for r in best.verdict.rows if not r.ok and r.op == "<=" and r.value is not None]
+    if not rows:
+        return None
+    now = measure(model, (data.in_chans, *data.size), what=("params", "macs"))
+    assert now.params is not None and now.macs is not None
+    params, macs = float(now.params), float(now.macs)
+    for r in rows:
+        assert r.value is not None
+        ratio = r.limit / r.value * (1 - safety)
+        if r.name == "size":
+            excess = (r.value - r.limit * (1 - safety)) / BYTES[best.kind]
+            params = min(params, max(now.params - excess, 0.05 * now.params))
+        elif r.name == "params":
+            params = min(params, now.params * ratio)
+        else:
+            macs = min(macs, now.macs * ratio)
+    clauses = [f"{n}<={int(v)}" for n, v, was in (("params", params, now.params), ("macs", macs, now.macs)) if v < was]
+    return Budget(", ".join(clauses)) if clauses else None
 
 
 def _rank(d: Delivery, among: list[Delivery]) -> tuple[float, float, float]:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from trimtab.compact import finish, ways
-from trimtab.compact.deliver import Delivery, as_stored, deliver
+from trimtab.compact.deliver import Delivery, as_stored, deliver, tighter
 from trimtab.core import artifact
 from trimtab.core.budget import Budget
 from trimtab.core.cost import Cost, measure
@@ -151,10 +151,10 @@ def _inside(job: Job, method: str, original: nn.Module, share: float) -> nn.Modu
             small = ways.bring(method, original, job.data, job.budget, goal, **training)
         stored = as_stored(small)
         made = job.delivered(stored, "tried", evaluate=False, only=_kind(job))
-        tighter = _tighter(made, stored, job, goal, safety=0.02 * (attempt + 1))
-        if tighter is None:
+        next_goal = _tighter(made, stored, job, goal, safety=0.02 * (attempt + 1))
+        if next_goal is None:
             return small
-        goal = tighter
+        goal = next_goal
     if way.bits < 8:
         raise BudgetError(made.verdict.explain())
     return small  # can be cut in the end
@@ -162,8 +162,6 @@ def _inside(job: Job, method: str, original: nn.Module, share: float) -> nn.Modu
 
 def _tighter(made: Delivery, stored: nn.Module, job: Job, goal: Budget, *, safety: float) -> Budget | None:
     """Both bounds of `goal`, as tight as the file that was made asks for; None when it is inside the budget."""
-    from trimtab.compact.job import tighter
-
     bounds = tighter(made, stored, job.data, safety=safety)
     if bounds is None:
         return None

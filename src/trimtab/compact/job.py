@@ -18,12 +18,11 @@ import torch
 from torch import nn
 
 from trimtab.compact import finish, found, given, ways
-from trimtab.compact.deliver import BYTES, Delivery, as_stored, deliver
+from trimtab.compact.deliver import Delivery, as_stored, deliver, tighter
 from trimtab.compact.journal import Journal, seconds
 from trimtab.compact.speed import Settings, fastest_settings
 from trimtab.core import artifact
 from trimtab.core.budget import Budget
-from trimtab.core.cost import measure
 from trimtab.core.errors import BudgetError, SurgeryError
 from trimtab.core.log import logger
 from trimtab.core.timing import torch_threads
@@ -316,28 +315,6 @@ class Job:
 
     def _kept_at(self, name: str) -> Path:
         return self.work / "kept" / name.replace(" ", "-")
-
-
-def tighter(best: Delivery, model: nn.Module, data: Data, *, safety: float) -> Budget | None:
-    """Bounds on parameters and MACs that should bring a file inside its budget; None when cutting cannot help."""
-    rows = [r for r in best.verdict.rows if not r.ok and r.op == "<=" and r.value is not None]
-    if not rows:
-        return None
-    now = measure(model, (data.in_chans, *data.size), what=("params", "macs"))
-    assert now.params is not None and now.macs is not None
-    params, macs = float(now.params), float(now.macs)
-    for r in rows:
-        assert r.value is not None
-        ratio = r.limit / r.value * (1 - safety)
-        if r.name == "size":
-            excess = (r.value - r.limit * (1 - safety)) / BYTES[best.kind]
-            params = min(params, max(now.params - excess, 0.05 * now.params))
-        elif r.name == "params":
-            params = min(params, now.params * ratio)
-        else:
-            macs = min(macs, now.macs * ratio)
-    clauses = [f"{n}<={int(v)}" for n, v, was in (("params", params, now.params), ("macs", macs, now.macs)) if v < was]
-    return Budget(", ".join(clauses)) if clauses else None
 
 
 def _some_of(chosen: Sequence[str] | None, known: Sequence[str], what: str) -> list[str] | None:

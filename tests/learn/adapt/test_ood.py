@@ -85,5 +85,8 @@ def test_held_out_classes_are_in_neither_part_twice():
         hold_out(data, 9)
     with pytest.raises(ValueError, match="must be 1 to 8 of 0 to 9"):
         hold_out(data, [3, 11])
+    assert hold_out(data, ["8", 3])[1].class_names == hold_out(data, [3, 8])[1].class_names == ["3", "8"]
+    with pytest.raises(ValueError, match="no class is called 'owl'; the classes are 0, 1, 2"):
+        hold_out(data, ["owl"])
     with pytest.raises(DataError, match=r"has images \(3, 16, 16\), .* \(1, 8, 8\)"):
         strangers(data, {"shapes": tt.load_data("shapes:n=40,size=16")})

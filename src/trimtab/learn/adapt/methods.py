@@ -73,8 +73,8 @@ def run(method: str, model: nn.Module, data: Data, **options: Any) -> Adapted:
 
     Args:
         **options: of the method, for streams also those of `make_stream`. For `hvcm`: `hold_out`, classes that are left
-            out of training and are then strange, how many or which; `strange`, more data sets of strange images. For
-            `mlc`: `clusters`, as many as classes or more.
+            out of training and are then strange, how many or which (numbers or names); `strange`, more data sets of
+            strange images. For `mlc`: `clusters`, as many as classes or more.
 
     Raises:
         ValueError: an option is unknown or does not fit the data.

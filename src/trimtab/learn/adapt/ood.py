@@ -146,14 +146,14 @@ def compare(
     return table
 
 
-def hold_out(data: Data, classes: int | Sequence[int], *, seed: int = 0) -> tuple[Data, Data]:
+def hold_out(data: Data, classes: int | Sequence[int | str], *, seed: int = 0) -> tuple[Data, Data]:
     """The data without some classes, labels renumbered, and the images of those classes.
 
     Args:
-        classes: which, or how many of them, drawn by `seed`.
+        classes: which, by number or name, or how many of them, drawn by `seed`.
 
     Raises:
-        ValueError: fewer than two classes would be left, or none taken.
+        ValueError: fewer than two classes would be left, or none taken; a name that no class has.
 
     >>> import trimtab as tt
     >>> known, unknown = hold_out(tt.load_data("digits"), [8, 9])
@@ -165,7 +165,12 @@ def hold_out(data: Data, classes: int | Sequence[int], *, seed: int = 0) -> tupl
         if not 1 <= classes <= k - 2:
             raise ValueError(f"classes to hold out must be 1 to {k - 2} of the {k}, got {classes}")
         classes = sorted(np.random.RandomState(seed).permutation(k)[:classes].tolist())
-    taken = sorted(set(classes))
+    if isinstance(classes, str):
+        classes = [classes]
+    strange = [c for c in classes if isinstance(c, str) and c not in data.class_names]
+    if strange:
+        raise ValueError(f"no class is called {strange[0]!r}; the classes are {', '.join(data.class_names)}")
+    taken = sorted({data.class_names.index(c) if isinstance(c, str) else c for c in classes})
     if not taken or len(taken) > k - 2 or not set(taken) <= set(range(k)):
         raise ValueError(f"classes to hold out must be 1 to {k - 2} of 0 to {k - 1}, got {list(classes)}")
     return select(data, [c for c in range(k) if c not in taken], relabel=True), select(data, taken, relabel=True)
