@@ -238,6 +238,20 @@ class Shortcut(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class Placed(nn.Module):
+    """Adds an encoding of places, which a layer makes anew from no input, once for all images of a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.place = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(2, 12, 1)
+        self.head = nn.Conv2d(12, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        across = torch.linspace(-1, 1, x.shape[-1])
+        places = torch.stack(torch.meshgrid(across, across, indexing="ij"))[None]
+        return self.head((self.stem(x) + self.place(places)).relu()).mean((2, 3))
+
+
 BETWEEN: dict[str, Callable[[], nn.Module]] = {
     "hardswish": lambda: Between(nn.Hardswish()),
     "prelu": lambda: Between(nn.PReLU(12)),

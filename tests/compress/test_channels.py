@@ -183,7 +183,7 @@ def test_an_unknown_operator_freezes_what_enters_it_and_no_more() -> None:
         torch.testing.assert_close(apply(copy.deepcopy(model), graph.edits(keep))(x), graph.masked(keep)(x))
 
 
-@pytest.mark.parametrize("net", [*CNNS, nets.Transformer])
+@pytest.mark.parametrize("net", [*CNNS, nets.Transformer, nets.Placed])
 def test_closed_form_costs_are_what_is_measured(net: type[nn.Module]) -> None:
     model = net().eval()
     graph = ChannelGraph(model, nets.image())

@@ -53,6 +53,8 @@ class Walk:
     follows: list[Follow] = field(default_factory=list)
     products: list[tuple[fx.Node, list[Dim]]] = field(default_factory=list)  # multiply-accumulates of a node
     values: dict[fx.Node, Any] = field(default_factory=dict)
+    fed: set[fx.Node] = field(default_factory=set)  # what depends on the inputs
+    batch: int = 1
     unknown_ops: Counter[str] = field(default_factory=Counter)
     node: fx.Node = field(init=False)
     name: str = ""
@@ -64,7 +66,11 @@ class Walk:
         every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         names = {name: owners[id(t)] for name, t in every}
         for node in self.trace.graph.nodes:
+            if node.name in self.trace.inputs or not self.fed.isdisjoint(node.all_input_nodes):
+                self.fed.add(node)
             if node.op == "placeholder":
+                if node.name == self.trace.inputs[0]:
+                    self.batch = node.meta["val"].shape[0]
                 name = self.trace.tensors.get(node.name)
                 if name is not None and name in names and node.users:  # what nothing reads is left alone
                     self.values[node] = self._tensor(names[name], tensors[names[name]])
@@ -160,8 +166,12 @@ class Walk:
         self.follows.append(Follow(self.node, argument, template, target))
 
     def macs(self, dims: Sequence[Dim]) -> None:
-        """This node does as many multiply-accumulates as the product of these sizes."""
-        self.products.append((self.node, list(dims)))
+        """This node does as many multiply-accumulates for the batch as the product of these sizes.
+
+        What does not depend on the inputs, such as an encoding of places, is done once, however small the batch.
+        """
+        once = self.node not in self.fed and self.shape[:1] != (self.batch,)
+        self.products.append((self.node, [*dims, (Factor(self.batch),)] if once else list(dims)))
 
     def outputs(self, value: Value) -> Any:
         """`value` for each output of the node."""
