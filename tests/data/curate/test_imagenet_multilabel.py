@@ -263,6 +263,16 @@ def test_mosaics_show_the_objects_that_their_labels_name():
         assert seen == {20 * k for k in labels} and len(labels) == 3 == len(set(labels))
 
 
+def test_a_strip_of_objects_leaves_no_place_neutral():
+    images = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1).expand(6, 1, 2, 2) * 20
+    pictures, sets = mosaic(images, torch.arange(6), number=3, grid=(1, 3), n=40)
+    assert pictures.shape == (40, 1, 2, 6)
+    for picture, labels in zip(pictures, sets):
+        assert sorted(picture[0, 0, ::2].tolist()) == sorted(20 * k for k in labels)
+    with pytest.raises(ValueError, match="number must be 1 to 2, got 3"):
+        mosaic(images, torch.arange(6), number=3, grid=(2, 1), n=1)
+
+
 def test_a_better_classifier_is_better_by_asma_and_by_average_precision():
     from torchmetrics.classification import MultilabelAveragePrecision
 

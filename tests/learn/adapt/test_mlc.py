@@ -78,6 +78,35 @@ def test_blocks_are_the_hard_clusters_of_mcr2():
     assert whole - alone == pytest.approx(11.787, abs=0.1)  # more than the truth gives: why Gamma is held back
 
 
+def test_rates_and_their_gradients_are_those_of_the_formula():
+    def formula(z: Tensor, gamma: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=z.dtype)
+        for g in gamma.T:
+            mass = g.sum()
+            total = total + mass / 20 * torch.logdet(torch.eye(4).double() + 4 / (mass * 0.2) * z.T @ g.diag() @ z)
+        return total - torch.logdet(torch.eye(4).double() + 4 / (10 * 0.2) * z.T @ z) / 2
+
+    z, gamma = directions(10, 4).requires_grad_(), sinkhorn(similarity(directions(10, 4, seed=1))).requires_grad_()
+    got = cluster_rate(z, gamma, eps2=0.2) - coding_rate(z, eps2=0.2)
+    torch.testing.assert_close(got, formula(z, gamma))
+    for a, b in zip(*(torch.autograd.grad(f, (z, gamma)) for f in (got, formula(z, gamma))), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_weight_decides_how_many_clusters_are_best():
+    """Six subspaces of four dimensions, filled evenly: coded as six, or with each direction by itself."""
+    corners = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]).double() / 2
+    z, six = torch.block_diag(*[corners] * 6), torch.block_diag(*[torch.ones(4, 4).double() / 4] * 6)
+    alone, whole = torch.eye(24).double(), torch.full((24, 24), 1 / 24).double()
+    cost = {m: float(cluster_rate(z, gamma)) for m, gamma in ((6, six), (24, alone), (1, whole))}
+    for m, rate in cost.items():
+        assert rate == pytest.approx(24 / (2 * m) * math.log(1 + m / 0.1))
+    for m, gamma in ((6, six), (24, alone), (1, whole)):
+        assert float(gamma.square().sum()) == pytest.approx(m)
+    best = lambda weight: min(cost, key=lambda m: cost[m] + weight / 2 * m)
+    assert [best(w) for w in (0.05, 0.6, 0.62, 8.0, 8.5)] == [24, 24, 6, 6, 1]
+
+
 def test_rotations_and_signs_change_nothing():
     z, c = directions(30, 8), directions(30, 8, seed=1)
     gamma = sinkhorn(similarity(c))

@@ -259,29 +259,31 @@ def dawid_skene(votes: np.ndarray, *, iterations: int = 50, prior: float = 0.5) 
 
 
 def mosaic(
-    images: Tensor, labels: Tensor, *, number: int, grid: int = 2, n: int, seed: int = 0
+    images: Tensor, labels: Tensor, *, number: int, grid: int | tuple[int, int] = 2, n: int, seed: int = 0
 ) -> tuple[Tensor, list[list[int]]]:
     """Pictures of `number` objects each: patches of different classes on a grid, other places neutral (PatchML).
 
     Args:
         images: uint8 (N, C, H, W) of single objects. labels: (N,).
-        number: objects of a picture, at most grid^2 and the number of classes. n: pictures.
+        number: objects of a picture, at most the places of the grid and the number of classes. n: pictures.
+        grid: places, down and across; one number for a square. (1, number) leaves no place neutral.
 
     Returns:
-        uint8 (n, C, grid H, grid W), and the classes in each.
+        uint8 (n, C, down H, across W), and the classes in each.
     """
+    down, across = (grid, grid) if isinstance(grid, int) else grid
     classes = labels.unique().tolist()
-    if not 1 <= number <= min(grid * grid, len(classes)):
-        raise ValueError(f"number must be 1 to {min(grid * grid, len(classes))}, got {number}")
+    if not 1 <= number <= min(down * across, len(classes)):
+        raise ValueError(f"number must be 1 to {min(down * across, len(classes))}, got {number}")
     rng = np.random.default_rng([seed, number])
     rows = {c: np.flatnonzero(labels.numpy() == c) for c in classes}
     _, c, h, w = images.shape
-    out = torch.full((n, c, grid * h, grid * w), 128, dtype=torch.uint8)
+    out = torch.full((n, c, down * h, across * w), 128, dtype=torch.uint8)
     sets = []
     for picture in out:
         chosen = rng.choice(classes, number, replace=False).tolist()
-        for k, place in zip(chosen, rng.permutation(grid * grid).tolist()):
-            top, left = place // grid * h, place % grid * w
+        for k, place in zip(chosen, rng.permutation(down * across).tolist()):
+            top, left = place // across * h, place % across * w
             picture[:, top : top + h, left : left + w] = images[int(rng.choice(rows[k]))]
         sets.append(chosen)
     return out, sets

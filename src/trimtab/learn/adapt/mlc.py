@@ -208,7 +208,10 @@ class RateReduction(Objective):
 
     Args:
         at: name of the head in the model; "" where the model is the head.
-        eps2: squared error of the codes. eta: temperature of Sinkhorn. weight: of ||Gamma||_F^2 / 2.
+        eps2: squared error of the codes. eta: temperature of Sinkhorn.
+        weight: of ||Gamma||_F^2 / 2. m clusters that share all d dimensions evenly cost
+            d / (2 m) log(1 + m / eps2) + weight m / 2: a small weight makes many of few dimensions best, a large one
+            few, and from a membership that is not clear yet it leads to the uniform one.
         spread: share of the run, at its start, in which features only spread out (-R).
         invariance: weight of the cosine between two views of an image meanwhile; without views it has no effect.
         init: "copy" (codes start as the features are then) or "random" (they start where they are).
