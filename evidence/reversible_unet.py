@@ -22,11 +22,10 @@ from torch.utils.checkpoint import checkpoint
 from evidence.runner import ClaimResult, Context, stats
 from evidence.step_cost import Alive
 from trimtab.core.saved import saved_bytes
-from trimtab.data.volumes import Volumes
-from trimtab.learn import fit
+from trimtab.data import Data, load_data
+from trimtab.learn import evaluate, fit
 from trimtab.models.dense.reversible_unet import MBConv, ReversibleUNet
 from trimtab.nn.reversible import ReversibleSequence
-from trimtab.nn.segmenter import dice_loss
 
 LEVEL = 4
 DEPTHS = (1, 2, 4)
@@ -137,14 +136,16 @@ def _gradients(context: Context) -> ClaimResult:
         x = torch.randn(1, 32, 8, 8, 8)
         inversion.append((stage.inverse(stage(x)) - x).abs().max().item())
         difference.append(_difference(stage.double(), x.double()))
-        data = Volumes(train=images, test=context.choose(full=8, smoke=2), side=side, noise=0.5, seed=seed)
+        test = context.choose(full=8, smoke=2)
+        made = f"volumes:n={images + test},size={side},noise=0.5,seed={seed}"
+        data = load_data(made, val=0, test=test / (images + test))
         curves = {}
         for what in ("reversible", "plain"):
             context.say(f"seed {seed}: {what}")
             torch.manual_seed(seed)
             net = ReversibleUNet(reversible=what == "reversible", **SMALL)
             curves[what] = _train(net, data, epochs, seed, context.device)
-            dice[what].append(_dice(net, data))
+            dice[what].append(evaluate(net, data)["dice"])
         gap.append(max(abs(a - b) for a, b in zip(*curves.values())))
         ratios.append(_step_ratio(side))
     exact = max(difference) < 1e-12 and max(inversion) < 1e-4
@@ -174,21 +175,12 @@ def _difference(stage: ReversibleSequence, x: Tensor) -> float:
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*found))
 
 
-def _train(net: nn.Module, data: Volumes, epochs: int, seed: int, device: str) -> list[float]:
+def _train(net: nn.Module, data: Data, epochs: int, seed: int, device: str) -> list[float]:
     rows = fit(
-        net, data, epochs=epochs, batch_size=2, opt="adamw", lr=0.002, clip_grad=1.0, val=None, seed=seed,
-        progress=False, device=device,
+        net, data, epochs=epochs, batch_size=2, opt="adamw", lr=0.002, clip_grad=1.0, augment="none", val=None,
+        seed=seed, progress=False, device=device,
     ).history  # fmt: skip
     return [row["loss"] for row in rows]
-
-
-@torch.no_grad()
-def _dice(net: nn.Module, data: Volumes) -> float:
-    """Dice coefficient of the test volumes, mean over volumes and regions."""
-    device = next(net.parameters()).device
-    batches = data.loader("test", batch_size=1, shuffle=False)
-    scores = [1 - dice_loss((net(b["image"].to(device)) > 0).float(), b["label"].to(device)).mean() for b in batches]
-    return torch.stack(scores).mean().item()
 
 
 def _step_ratio(side: int, pairs: int = 7) -> float:

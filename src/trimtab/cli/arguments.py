@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 HUB = ("hf-hub:", "hf_hub:")
 # What is trained when no model is named.
 USUAL = {"classify": "resnet8_mlperf_tiny", "segment": "lite_fpn", "detect": "ssd_nano", "restore": "espcn"}
+USUAL_VOLUMES = "reversible_unet_tiny_1"
 FOLDERS = {"schedule.json": "PatchedModel", "cascade.json": "CascadeModel"}  # of several .onnx files
 
 
@@ -77,24 +78,24 @@ class Kept:
         """Data as the model was trained to see them: its size, channels, mean and standard deviation.
 
         Raises:
-            ValueError: the classes are not the model's, or it is for volumes.
+            ValueError: the classes are not the model's, or its answers overlap and the data's do not.
         """
         from trimtab.data import load_data
 
         if self.spec is None:
             loaded = load_data(source, seed=seed)
         else:
-            if len(self.spec.size) != 3:
-                raise ValueError(
-                    f"{self.path} is for volumes {self.spec.size}, which cannot be loaded from here; use Python"
-                )
-            channels, height, width = self.spec.size
+            channels, *sides = self.spec.size
             given: dict[str, Any] = {"in_chans": channels, "seed": seed, **self.loading}
             if self.task == "restore":
-                given |= {"patch": height}
+                given |= {"patch": sides[0]}
             else:
-                given |= {"image_size": (height, width)}
+                given |= {"image_size": tuple(sides)}
             loaded = load_data(source, task=self.task, **given)
+            if loaded.spec.overlap != self.spec.overlap:
+                kinds = {True: "masks that may overlap", False: "one class for every place"}
+                ours, theirs = (kinds[s.overlap] for s in (self.spec, loaded.spec))
+                raise ValueError(f"{self.path} gives {ours}; the labels of the data are {theirs}")
         if self.labels is not None and loaded.class_names != self.labels:
             ours, theirs = (", ".join(names[:6]) for names in (self.labels, loaded.class_names))
             raise ValueError(f"{self.path} knows the classes {ours}; the data have {theirs}")
@@ -103,11 +104,12 @@ class Kept:
         return loaded.like(mean=self.spec.mean, std=self.spec.std)
 
     def vision(self, **limits: float) -> Any:
-        """What looks at pictures with this model, for all tasks but classification."""
+        """What looks at pictures, or volumes, with this model, for all tasks but classification."""
         import torch
 
         from trimtab.deploy import Vision
         from trimtab.deploy.to_onnx import Candidates
+        from trimtab.deploy.volumes import Volumes
 
         assert self.spec is not None
         net = Candidates(self.model, self.spec) if self.task == "detect" else self.model
@@ -116,6 +118,8 @@ class Kept:
             with torch.inference_mode():
                 return net(torch.from_numpy(images)).float().numpy()
 
+        if len(self.spec.size) == 4:
+            return Volumes(run, self.spec, self.labels)
         return Vision(run, self.spec, self.labels, **limits)
 
 
@@ -164,11 +168,10 @@ def model_and_data(
 ) -> tuple[nn.Module, Data]:
     """What to train, and on what: an artifact with data in its shape, or a model made for the data.
 
-    model: None for the task's `USUAL`. loading: more options of `load_data`.
+    model: None for the task's `USUAL`, or `USUAL_VOLUMES`. loading: more options of `load_data`.
     """
     loading = dict(loading or {})
-    model = model or USUAL[task or "classify"]
-    if kind_of(model) == "artifact":
+    if model is not None and kind_of(model) == "artifact":
         if size or weights or pretrained:
             raise typer.BadParameter("an artifact has its own size and weights; drop --size, --weights, --pretrained")
         kept = artifact(model)
@@ -181,18 +184,19 @@ def model_and_data(
     from trimtab.models.factory import shape_for
 
     with wrong_use():
-        check_loading(task, loading)
+        check_loading(source, task, loading)
     if size:
         loading["image_size"] = size
     loaded: Any = load_data(source, task=task, seed=seed, **loading)
+    model = model or (USUAL_VOLUMES if len(loaded.size) == 3 else USUAL[task or "classify"])
     return by_name(model, **shape_for(loaded), weights=weights, pretrained=pretrained, seed=seed), loaded
 
 
-def check_loading(task: str | None, loading: Mapping[str, Any]) -> None:
-    """Raises ValueError when `load_data` has no such option for the task."""
-    from trimtab.data.load import LOADING
+def check_loading(source: str, task: str | None, loading: Mapping[str, Any]) -> None:
+    """Raises ValueError when `load_data` has no such option for the data and the task."""
+    from trimtab.data.load import options_of
 
-    known = (*LOADING[task or "classify"], "in_chans", "val", "test", "limit")
+    known = (*options_of(source, task), "in_chans", "val", "test", "limit")
     for name in loading:
         if name not in known:
             raise ValueError(f"--load takes {', '.join(known)} for task {task or 'classify'!r}, got {name!r}")
@@ -222,7 +226,7 @@ def keep(net: nn.Module, data: Data, out: Path, step: str, **how: Any) -> dict[s
 
 def measured(
     model: str,
-    size: tuple[int, int, int] | None,
+    size: tuple[int, ...] | None,
     *,
     what: Sequence[str],
     per_layer: bool,
@@ -243,7 +247,7 @@ def measured(
 
     if kind == "artifact":
         kept = artifact(model)
-        net, size = kept.model, size or (kept.spec.size if kept.spec else None)  # type: ignore[assignment]
+        net, size = kept.model, size or (kept.spec.size if kept.spec else None)
         if size is None:
             raise typer.BadParameter(f"{model} does not say what input it takes; give --input C,H,W")
     else:
@@ -253,7 +257,7 @@ def measured(
     return measure_model(net, size, what=what, per_layer=per_layer, threads=threads)
 
 
-def _usual_input(net: nn.Module) -> tuple[int, int, int]:
+def _usual_input(net: nn.Module) -> tuple[int, ...]:
     """What a registry model is usually given (timm keeps it with the weights)."""
     config = getattr(net, "pretrained_cfg", None) or getattr(net, "default_cfg", None) or {}
     usual = config.get("input_size") if hasattr(config, "get") else None
@@ -306,26 +310,35 @@ def _best(files: list[Path], ranked: Sequence[Sequence[tuple[str, float]]], top:
 
 def seen(model: str, files: list[Path], out: Path | None, least: float) -> list[dict[str, Any]] | None:
     """What a network that segments, detects or restores sees in every image, drawn to `out`; None for a classifier."""
-    kind = kind_of(model)
-    if kind in ("name", "parts"):
+    spec = spec_of(model)
+    if spec is None or spec.task == "classify":
         return None
-    if kind == "onnx":
-        from trimtab.deploy import OnnxVision
-        from trimtab.deploy.runtime import read_notes
-
-        if read_notes(model)[0].task == "classify":
-            return None
-        vision: Any = OnnxVision(model, least=least)
-    else:
-        kept = artifact(model)
-        if kept.task == "classify":
-            return None
-        vision = kept.vision(least=least)
-    if vision.spec.task == "restore" and out is None:
+    if spec.task == "restore" and out is None:
         raise typer.BadParameter("give --out, a folder for the restored pictures")
     from trimtab.cli import pictures
+    from trimtab.deploy import OnnxVision, OnnxVolumes
 
-    return [pictures.told(vision, file, out, files) for file in files]
+    volumes = len(spec.size) == 4
+    if kind_of(model) == "artifact":
+        vision: Any = artifact(model).vision(least=least)
+    else:
+        vision = OnnxVolumes(model) if volumes else OnnxVision(model, least=least)
+    told: Any = pictures.told_of_volume if volumes else pictures.told
+    return [told(vision, file, out, files) for file in files]
+
+
+def spec_of(model: str) -> InputSpec | None:
+    """What an artifact or an .onnx file is fed; None where that is not known, and for several files."""
+    kind = kind_of(model)
+    if kind == "onnx":
+        from trimtab.deploy.runtime import read_notes
+
+        return read_notes(model)[0]
+    if kind != "artifact":
+        return None
+    from trimtab.core.artifact import read_manifest
+
+    return read_manifest(folder_of(model)).input_spec
 
 
 def _predicted_by_artifact(model: str, files: list[Path]) -> list[list[tuple[str, float]]]:
@@ -347,14 +360,17 @@ def _predicted_by_artifact(model: str, files: list[Path]) -> list[list[tuple[str
     return ranked
 
 
-def image_files(paths: Sequence[Path]) -> list[Path]:
-    """The files named, and those in the folders named."""
-    known = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+def image_files(paths: Sequence[Path], *, volumes: bool = False) -> list[Path]:
+    """The files named, and the pictures, or volumes, in the folders named."""
+    from trimtab.data.volume_files import ENDINGS
+
+    pictures = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+    known = ENDINGS if volumes else pictures
     files: list[Path] = []
     for path in paths:
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in known) if path.is_dir() else [path]
+        inside = sorted(p for p in path.rglob("*") if p.name.lower().endswith(known)) if path.is_dir() else [path]
         if not inside:
-            raise typer.BadParameter(f"no images in {path}")
+            raise typer.BadParameter(f"no {'volumes' if volumes else 'images'} in {path}")
         files += inside
     return files
 
@@ -414,11 +430,11 @@ def options_of(given: Sequence[str] | None, flag: str = "--set") -> dict[str, An
     return options
 
 
-def size_of(text: str) -> tuple[int, int, int]:
-    """``3,224,224`` or ``3x224x224`` or ``224`` (then three channels).
+def size_of(text: str) -> tuple[int, ...]:
+    """``3,224,224`` or ``3x224x224`` or ``224`` (then three channels); ``4,32,32,32`` for volumes.
 
-    >>> size_of("1,28,28"), size_of("224")
-    ((1, 28, 28), (3, 224, 224))
+    >>> size_of("1,28,28"), size_of("224"), size_of("4,16,32,32")
+    ((1, 28, 28), (3, 224, 224), (4, 16, 32, 32))
     """
     try:
         numbers = [int(part) for part in text.replace("x", ",").split(",")]
@@ -426,9 +442,9 @@ def size_of(text: str) -> tuple[int, int, int]:
         numbers = []
     if len(numbers) == 1:
         numbers = [3, numbers[0], numbers[0]]
-    if len(numbers) != 3 or min(numbers) < 1:
-        raise typer.BadParameter(f"--input must be C,H,W, such as 3,224,224, got {text!r}")
-    return numbers[0], numbers[1], numbers[2]
+    if len(numbers) not in (3, 4) or min(numbers) < 1:
+        raise typer.BadParameter(f"--input must be C,H,W, such as 3,224,224, or C,D,H,W for volumes, got {text!r}")
+    return tuple(numbers)
 
 
 def seconds_of(text: str) -> float:

@@ -68,7 +68,8 @@ def train(
         str | None,
         typer.Option(
             help="Registry name, or an artifact to train on.",
-            show_default="resnet8_mlperf_tiny; lite_fpn to segment, ssd_nano to detect, espcn to restore",
+            show_default="resnet8_mlperf_tiny; lite_fpn to segment (reversible_unet_tiny_1 volumes), "
+            "ssd_nano to detect, espcn to restore",
         ),
     ] = None,
     task: Task_ = None,
@@ -78,7 +79,7 @@ def train(
     ] = None,
     time: Annotated[str | None, typer.Option(help="Train for so long instead, such as 90s or 10m.")] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Images per step.", show_default="128, or 16 for other tasks")
+        int | None, typer.Option(min=1, help="Images per step.", show_default="128, or 16 for other tasks, 2 volumes")
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate; by default the optimizer's usual one.")] = None,
     opt: Annotated[
@@ -128,6 +129,7 @@ def train(
       trimtab train photos/ --model resnet8_mlperf_tiny --objective lsskd --set branches=3
       trimtab train street/ --task segment --size 128 --load void=11 --out segmenter/
       trimtab train pictures/ --task restore --load scale=3 --out upscaler/
+      trimtab train scans/ --task segment --model reversible_unet_tiny_1 --out volumes/
     """
     if epochs is not None and time is not None:
         raise typer.BadParameter("give --epochs or --time, not both")

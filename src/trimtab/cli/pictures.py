@@ -1,7 +1,8 @@
-"""What a network saw in a picture: in words for `predict`, and drawn to a folder."""
+"""What a network saw in a picture or a volume: in words for `predict`, and drawn to a folder."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from trimtab.deploy import Vision
+    from trimtab.deploy.volumes import Volumes
 
 
 def told(vision: Vision, file: Path, out: Path | None, files: Sequence[Path]) -> dict[str, Any]:
@@ -30,16 +32,43 @@ def told(vision: Vision, file: Path, out: Path | None, files: Sequence[Path]) ->
         drawn = {"": draw_boxes(picture, seen.boxes, seen.index.tolist(), words)}
     else:
         drawn = {"": seen.image}
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        name = _name(file, files)
-        for ending, image in drawn.items():
-            image.save(out / f"{name}{ending}.png")
-        value["drawn"] = str(out / f"{name}.png")
-    return value
+    return value | _kept(drawn, out, _name(file, files))
+
+
+def told_of_volume(vision: Volumes, file: Path, out: Path | None, files: Sequence[Path]) -> dict[str, Any]:
+    """The same for a volume: its middle slices are drawn, and ``NAME-mask.npz`` has it all, as an array ``mask``."""
+    import numpy as np
+
+    from trimtab.core.files import write_bytes
+    from trimtab.deploy.volumes import opened
+    from trimtab.report import draw_volume
+
+    volume = opened(file)
+    seen = vision.predict(volume)
+    value: dict[str, Any] = {"image": str(file), **seen.plain()}
+    if out is None:
+        return value
+    name, packed = _name(file, files), io.BytesIO()
+    np.savez_compressed(packed, mask=seen.mask)
+    mask = write_bytes(out / f"{name}-mask.npz", packed.getvalue())
+    return value | _kept({"": draw_volume(volume, seen.mask)}, out, name) | {"mask": str(mask)}
+
+
+def _kept(drawn: dict[str, Image.Image], out: Path | None, name: str) -> dict[str, str]:
+    """Pictures by the ending of their names, put into a folder; where the first is."""
+    if out is None:
+        return {}
+    out.mkdir(parents=True, exist_ok=True)
+    for ending, image in drawn.items():
+        image.save(out / f"{name}{ending}.png")
+    return {"drawn": str(out / f"{name}.png")}
 
 
 def _name(file: Path, files: Sequence[Path]) -> str:
-    """The stem; numbered when several files have it."""
-    alike = [f for f in files if f.stem == file.stem]
-    return file.stem if len(alike) == 1 else f"{file.stem}-{alike.index(file) + 1}"
+    """The name without ending; numbered when several files have it."""
+    alike = [f for f in files if _stem(f) == _stem(file)]
+    return _stem(file) if len(alike) == 1 else f"{_stem(file)}-{alike.index(file) + 1}"
+
+
+def _stem(file: Path) -> str:
+    return Path(file.name.removesuffix(".gz")).stem

@@ -54,7 +54,7 @@ def pairs(value: Mapping[str, Any]) -> None:
         print(f"{k.replace('_', ' '):{width}}  {words(k, v) if isinstance(v, float | int) and k in UNITS else v}")
 
 
-SCORES = ("accuracy", "miou", "map", "ap50", "psnr", "ssim")
+SCORES = ("dice", "miou", "accuracy", "map", "ap50", "psnr", "ssim")
 UNITS = ("params", "macs", "activations", "size", "memory", "latency", "latency_iqr", "energy", "bops", "accuracy")
 
 

@@ -16,7 +16,7 @@ from trimtab.cli.session import emit, plain
 @app.command()
 def measure(
     model: Annotated[str, typer.Argument(help="Artifact folder, .onnx file, or registry name.")],
-    input_: Annotated[str | None, typer.Option("--input", help="Input as C,H,W, such as 3,224,224.")] = None,
+    input_: Annotated[str | None, typer.Option("--input", help="Input as C,H,W, or C,D,H,W for volumes.")] = None,
     per_layer: Annotated[bool, typer.Option("--per-layer", help="A row for every layer.")] = False,
     latency: Annotated[bool, typer.Option("--latency", help="Also run it and take the time.")] = False,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads for --latency.")] = 1,
@@ -68,7 +68,7 @@ def measure(
 @app.command()
 def predict(
     model: Annotated[str, typer.Argument(help="Artifact folder or .onnx file.")],
-    images: Annotated[list[Path], typer.Argument(exists=True, help="Image files, or folders of them.")],
+    images: Annotated[list[Path], typer.Argument(exists=True, help="Images or volumes, or folders of them.")],
     top: Annotated[int, typer.Option(min=1, help="How many answers per image, of a classifier.")] = 1,
     out: Annotated[
         Path | None, typer.Option(help="Folder for pictures with masks or boxes drawn, or restored pictures.")
@@ -86,13 +86,15 @@ def predict(
       trimtab predict trimtab-out/ cat.jpg dog.jpg
       trimtab predict trimtab-out/model.onnx photos/ --top 3 --json
       trimtab predict detector/ photos/ --out drawn/
+      trimtab predict volumes.onnx scan.npz --out drawn/
       trimtab predict parts/ cat.jpg --server http://10.0.0.5:9000 --deadline 0.5
     """
-    files = arguments.image_files(images)
     if (Path(model) / "split.json").is_file() or server is not None:
-        told = arguments.asked(model, files, top, server, deadline)
+        told = arguments.asked(model, arguments.image_files(images), top, server, deadline)
         emit(told, lambda: say.answers(told))
         return
+    spec = arguments.spec_of(model)
+    files = arguments.image_files(images, volumes=spec is not None and len(spec.size) == 4)
     seen = arguments.seen(model, files, out, least)
     if seen is not None:
         emit(seen, lambda: say.seen(seen))

@@ -23,7 +23,7 @@ from trimtab.compact.journal import Journal, seconds
 from trimtab.compact.speed import Settings, fastest_settings
 from trimtab.core import artifact
 from trimtab.core.budget import Budget
-from trimtab.core.errors import BudgetError, SurgeryError
+from trimtab.core.errors import BudgetError, DataError, SurgeryError
 from trimtab.core.log import logger
 from trimtab.core.timing import torch_threads
 from trimtab.data import Data, load_data
@@ -280,14 +280,21 @@ class Job:
     # ------------------------------------------------------------------------------------------------------ small parts
 
     def _load(self, data: str | Data) -> Data:
+        """Raises DataError, before anything is read or made, for data of another task than classification."""
+        tasks = (data.task if isinstance(data, Data) else "classify", self.spec.task if self.spec else "classify")
+        if tasks != ("classify", "classify"):
+            raise DataError(
+                f"compact is for classification, got data for task {tasks[0]!r} and a model for task {tasks[1]!r}; "
+                "use train, then compress"
+            )
         if isinstance(data, Data):
             loaded = data
         elif self.spec is not None:
             loaded = load_data(
-                data, image_size=(self.spec.size[1], self.spec.size[2]), in_chans=self.spec.size[0], seed=self.seed
+                data, image_size=self.spec.size[1:], in_chans=self.spec.size[0], seed=self.seed, task="classify"
             )
         else:
-            loaded = load_data(data, seed=self.seed)
+            loaded = load_data(data, seed=self.seed, task="classify")
         if self.spec is None:
             return loaded
         return Data(loaded.name, loaded.splits, loaded.class_names, mean=self.spec.mean, std=self.spec.std,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 
-def size_of(data: Any) -> tuple[int, int, int] | None:
-    """The input size (C, H, W) that a Data or a size says, None for anything else (tensors, a dict of them).
+def size_of(data: Any) -> tuple[int, ...] | None:
+    """The input size (C, H, W), or (C, D, H, W), that a Data or a size says, None for anything else (tensors, ...).
 
     Raises:
         ValueError: a size that is none.
@@ -21,13 +21,13 @@ def size_of(data: Any) -> tuple[int, int, int] | None:
         size = (data.in_chans, *data.size)
     else:
         return None
-    if len(size) != 3 or min(size) < 1:
-        raise ValueError(f"an input size must be (channels, height, width), got {size}")
+    if len(size) not in (3, 4) or min(size) < 1:
+        raise ValueError(f"an input size must be (channels, height, width), or with a depth before them, got {size}")
     return size
 
 
 def example_of(data: Any, model: nn.Module) -> Any:
-    """An example input for `model`: from a Data, a size (C, H, W), or what is one already."""
+    """An example input for `model`: from a Data, a size (C, [D,] H, W), or what is one already."""
     size = size_of(data)
     if size is None:
         return data

@@ -11,13 +11,15 @@ from typing import Any
 class InputSpec:
     """What a model eats: `size` (C, H, W) in pixels, and the mean and standard deviation that normalise 0..1 values.
 
-    The size of volumes is (C, D, H, W).
+    The size of volumes is (C, D, H, W). `overlap`: the answer is a mask of each region, which may overlap (each output
+    above 0), and not one class for every place (the largest output).
     """
 
     size: tuple[int, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     task: str = "classify"
+    overlap: bool = False
 
     def __post_init__(self) -> None:
         size, mean, std = (tuple(v) for v in (self.size, self.mean, self.std))
@@ -29,10 +31,12 @@ class InputSpec:
             object.__setattr__(self, name, value)
 
     def to_json(self) -> dict[str, Any]:
-        return {"size": list(self.size), "mean": list(self.mean), "std": list(self.std), "task": self.task}
+        plain = {"size": list(self.size), "mean": list(self.mean), "std": list(self.std), "task": self.task}
+        return plain | ({"overlap": True} if self.overlap else {})
 
     @classmethod
     def from_json(cls, d: Mapping[str, Any]) -> InputSpec:
         return cls(
-            tuple(d["size"]), tuple(map(float, d["mean"])), tuple(map(float, d["std"])), d.get("task", "classify")
-        )
+            tuple(d["size"]), tuple(map(float, d["mean"])), tuple(map(float, d["std"])), d.get("task", "classify"),
+            bool(d.get("overlap", False)),
+        )  # fmt: skip

@@ -25,6 +25,7 @@ _NAMES = {
     "SegmentData": "segment",
     "DetectData": "detect",
     "RestoreData": "restore",
+    "VolumeData": "volumes",
     "write_parquet": "write",
     "concept_pruning": "curate.concept_pruning",
     "relabel": "curate.relabel",
@@ -49,6 +50,7 @@ __all__ = [
     "SegmentData",
     "DetectData",
     "RestoreData",
+    "VolumeData",
     "write_parquet",
 ]
 
@@ -65,6 +67,7 @@ if TYPE_CHECKING:
     from trimtab.data.restore import RestoreData
     from trimtab.data.segment import SegmentData
     from trimtab.data.synthetic import scenes, shapes
+    from trimtab.data.volumes import VolumeData
     from trimtab.data.write import write_parquet
 
 __getattr__, __dir__ = lazy(__name__, _NAMES)

@@ -23,13 +23,14 @@ TASKS = ("classify", "segment", "detect", "restore")
 LOADING: dict[str, tuple[str, ...]] = {
     "classify": (), "segment": ("void", "class_names"), "detect": ("box_format",), "restore": ("scale", "patch"),
 }  # fmt: skip
+VOLUMES = ("void", "class_names", "regions")  # what it takes besides for volumes
 _IMBALANCE = 4.0  # largest class over smallest from which on it is worth a word
 
 
 def load_data(
     spec: str | os.PathLike[str] = "digits",
     *,
-    image_size: int | tuple[int, int] | None = None,
+    image_size: int | tuple[int, ...] | None = None,
     in_chans: int | None = None,
     val: float = 0.1,
     seed: int = 0,
@@ -45,10 +46,12 @@ def load_data(
         spec: "digits" (built in), "shapes:classes=4,size=32,n=500" (made), "fractals:classes=1000,size=32" (made
             without end, see `trimtab.data.fractal_images`), a folder with one folder of images per class or with
             train/val/test folders of those, a .zip of one, a parquet file or folder in Hugging Face layout, or the name
-            of a dataset of the Hugging Face hub ("owner/name", "hub:name").
+            of a dataset of the Hugging Face hub ("owner/name", "hub:name"). "volumes:n=40,size=32" (made), and folders
+            that `trimtab.data.volume_files` describes, hold volumes, to be segmented.
         image_size: pixels, or (H, W). None: the size that all images have; if they differ, a square of the median of
-            their shorter sides, at most 224.
-        in_chans: 1 or 3. None: 1 if all images are grey.
+            their shorter sides, at most 224. Volumes: voxels, or (D, H, W), cut from their middle; None: the median
+            of each side, rounded up to a multiple of 8, at most 128.
+        in_chans: 1 or 3. None: 1 if all images are grey. Volumes have the channels that they have.
         val: share of train that becomes "val" if the source has none; 0 for no validation.
         seed: of the division into splits. Test images (a fifth) are taken from train if the source has none.
         limit: use at most so many images of each split of the source.
@@ -58,7 +61,8 @@ def load_data(
         task: "classify" (the default), "segment", "detect" or "restore"; `trimtab.data.segment`, `detect` and
             `restore` say which sources these take.
         test: share of train that becomes "test" if the source has none; 0 for no test.
-        **options: segment: ``void`` (index, or several, that count as no class, like 255), ``class_names``. detect:
+        **options: segment: ``void`` (index, or several, that count as no class, like 255), ``class_names``; of volumes
+            also ``regions``, masks that may overlap, by name: the classes in each, as {"core": [1, 4], ...}. detect:
             ``box_format`` ("xyxy", "xywh", "auto"). restore: ``scale``, ``patch`` (pixels of the low-resolution
             patches for training).
 
@@ -68,19 +72,13 @@ def load_data(
         DataError: when there is nothing to learn from: unknown spec, no labels, a single class, a class in test that
             train does not have, more than 5 % of the images unreadable.
     """
-    if image_size is not None:
-        image_size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
-        if not all(1 <= s <= 8192 for s in image_size):
-            raise ValueError(f"image_size must be 1 to 8192 pixels, got {image_size}")
-    if in_chans not in (None, 1, 3):
-        raise ValueError(f"in_chans must be 1 or 3, got {in_chans}")
     if not 0 <= val < 1:
         raise ValueError(f"val must be a share from 0 to below 1, got {val}")
     if not 0 <= test < 1:
         raise ValueError(f"test must be a share from 0 to below 1, got {test}")
     if task not in (None, *TASKS):
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
-    known = LOADING[task or "classify"]
+    known = options_of(spec, task)
     for name in options:
         if name not in known:
             takes = f"takes {', '.join(known)}" if known else "takes no more options"
@@ -93,6 +91,13 @@ def load_data(
         "image_size": image_size, "in_chans": in_chans, "val": val, "test": test, "seed": seed, "limit": limit,
         "cache": cache,
     }  # fmt: skip
+    if known is VOLUMES:
+        from trimtab.data import volumes
+
+        return volumes.build(volumes.find(spec), **common, **options)
+    common["image_size"] = _picture_size(image_size)
+    if in_chans not in (None, 1, 3):
+        raise ValueError(f"in_chans must be 1 or 3, got {in_chans}")
     if task == "segment":
         from trimtab.data import segment
 
@@ -107,6 +112,16 @@ def load_data(
 
         return restore.build(restore.find(spec), **common, **options)
     return build(find_source(spec), **common)
+
+
+def options_of(spec: str | os.PathLike[str], task: str | None) -> tuple[str, ...]:
+    """What `load_data` takes besides for some data."""
+    if task in (None, "segment"):
+        from trimtab.data import volumes
+
+        if volumes.meant(spec, task):
+            return VOLUMES
+    return LOADING[task or "classify"]
 
 
 class Builder:
@@ -205,6 +220,15 @@ def divide(items: dict[str, Items], val: float, test: float, seed: int, warnings
             warnings.append(f"no test split: {taken}")
     out["train"] = train.take(left)
     return {k: out[k] for k in ("train", "val", "test") if k in out}
+
+
+def _picture_size(size: int | tuple[int, ...] | None) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) != 2 or not all(1 <= s <= 8192 for s in sides):
+        raise ValueError(f"image_size must be 1 to 8192 pixels, or (H, W), got {size}")
+    return sides[0], sides[1]
 
 
 def _common_size(sizes: list[tuple[int, int]], warnings: list[str]) -> tuple[int, int]:

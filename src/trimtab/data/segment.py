@@ -33,7 +33,8 @@ from trimtab.data.views import SampleLoader, Views, color, flip, none, parse_vie
 
 ACCEPTED = (
     "'scenes:classes=5,size=48,n=300', a folder with images/ and masks/ (same names; or train/val/test folders of "
-    "those), or parquet in Hugging Face layout with the columns image and annotation, here or on the hub ('owner/name')"
+    "those), or parquet in Hugging Face layout with the columns image and annotation, here or on the hub "
+    "('owner/name'); for volumes 'volumes:n=40,size=32', or a folder of .npz or NIfTI files"
 )
 _MASKS = ("masks", "annotations", "labels")
 _COLUMNS = ("annotation", "mask", "label", "segmentation")
@@ -190,10 +191,7 @@ class Builder:
     """What `load.build` asks of a task: the targets of decoded pictures, and the data in the end."""
 
     def __init__(self, *, void: int | Sequence[int] | None, class_names: Sequence[str] | None) -> None:
-        self.void = () if void is None else (void,) if isinstance(void, int) else tuple(void)
-        if not all(isinstance(v, int) and 0 <= v <= 255 for v in self.void):
-            raise ValueError(f"void must be class indices from 0 to 255, got {void}")
-        self.class_names = class_names
+        self.void, self.class_names = void_of(void), class_names
         self.top = -1  # the largest index in any mask
 
     def targets(
@@ -221,16 +219,40 @@ class Builder:
 
     def finish(self, source: Source, splits: dict[str, Split], **more: Any) -> SegmentData:
         names = source.class_names or [str(i) for i in range(self.top + 1)]
-        kept = [i for i in range(len(names)) if i not in self.void]
-        if len(kept) < 2:
-            raise DataError(f"{source.name}: masks have a single class besides void; at least two are needed")
-        table = torch.full((256,), VOID, dtype=torch.int64)
-        table[kept] = torch.arange(len(kept))
-        absent = set(kept) - {c for seen in _present(splits["train"].targets) for c in seen}
-        if absent:
-            shown = ", ".join(names[i] for i in sorted(absent)[:5])
-            more["warnings"].append(f"classes without training pixels: {shown}{', ...' if len(absent) > 5 else ''}")
-        return SegmentData(source.name, splits, [names[i] for i in kept], table=table, void=self.void, **more)
+        seen = {c for classes in _present(splits["train"].targets) for c in classes}
+        table, names = class_table(source.name, names, self.void, seen, more["warnings"])
+        return SegmentData(source.name, splits, names, table=table, void=self.void, **more)
+
+
+def void_of(void: int | Sequence[int] | None) -> tuple[int, ...]:
+    """The indices that count as no class. Raises ValueError."""
+    given = () if void is None else (void,) if isinstance(void, int) else tuple(void)
+    if not all(isinstance(v, int) and 0 <= v <= 255 for v in given):
+        raise ValueError(f"void must be class indices from 0 to 255, got {void}")
+    return given
+
+
+def class_table(
+    source: str, names: Sequence[str], void: tuple[int, ...], seen: set[int], warnings: list[str]
+) -> tuple[Tensor, list[str]]:
+    """From what masks hold to labels, int64 (256,), and the names of the classes that are left.
+
+    Args:
+        names: by what masks hold. seen: what masks for training hold.
+
+    Raises:
+        DataError: fewer than two are left.
+    """
+    kept = [i for i in range(len(names)) if i not in void]
+    if len(kept) < 2:
+        raise DataError(f"{source}: masks have a single class besides void; at least two are needed")
+    table = torch.full((256,), VOID, dtype=torch.int64)
+    table[kept] = torch.arange(len(kept))
+    absent = sorted(set(kept) - seen)
+    if absent:
+        shown = ", ".join(names[i] for i in absent[:5])
+        warnings.append(f"classes without training pixels: {shown}{', ...' if len(absent) > 5 else ''}")
+    return table, [names[i] for i in kept]
 
 
 def _present(masks: Split) -> list[list[int]]:

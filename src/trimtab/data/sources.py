@@ -132,6 +132,8 @@ def find_source(spec: str | os.PathLike[str]) -> Source:
         return hub(online)
     if text.split(":")[0] == "scenes":
         raise DataError("'scenes' are made for other tasks than classification; give task: segment, detect or restore")
+    if text.split(":")[0] == "volumes":
+        raise DataError("'volumes' are made for segmentation; give task: segment")
     close = difflib.get_close_matches(text.split(":")[0], ["digits", "shapes", "fractals"], 1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     looks_like_path = os.sep in text or text.startswith(".") or path.suffix in (".zip", ".parquet")
@@ -194,6 +196,13 @@ def made_fractals(text: str) -> Source:
     return _made(source, text, {**kinds, "size": _size})
 
 
+def made_volumes(text: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """``volumes:classes=3,size=32,n=40,channels=4,noise=0.3,overlap=1,seed=0``; size may be DxHxW."""
+    from trimtab.data.synthetic import nested_ellipsoids
+
+    return _made(nested_ellipsoids, text, {**_SHAPES, "size": _sides, "overlap": lambda text: bool(int(text))})
+
+
 def _made(make: Callable[..., Any], text: str, kinds: Mapping[str, Callable[[str], Any]]) -> Any:
     """What `make` gives for the options in words such as ``shapes:classes=4,size=32``."""
     word, _, said = text.partition(":")
@@ -239,4 +248,11 @@ def _size(text: str) -> int | tuple[int, int]:
     if "x" in text:
         h, _, w = text.partition("x")
         return int(h), int(w)
+    return int(text)
+
+
+def _sides(text: str) -> int | tuple[int, int, int]:
+    if "x" in text:
+        d, h, w = map(int, text.split("x"))
+        return d, h, w
     return int(text)

@@ -8,6 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
+REGIONS = ("whole", "core", "enhancing")
+# How bright ground, whole, core and enhancing are in each modality: no one of them tells all regions apart.
+CONTRAST = np.array(
+    [[0.0, 1.0, 0.3, 0.3], [0.0, 0.2, 1.0, 0.2], [0.0, 0.2, 0.2, 1.0], [0.0, 1.0, 1.0, 0.5]], np.float32
+)
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "star", "bar", "crescent", "arrow", "hourglass")
 _SCALE = 4  # drawn this much larger, then reduced: smooth edges
 
@@ -129,6 +134,66 @@ def scenes(
         made.boxes.append(np.array([_around(owner == k + 1) for k in seen], np.float32).reshape(-1, 4))
         made.labels.append(np.array([kinds[k] for k in seen], np.int64))
     return made
+
+
+def nested_ellipsoids(
+    n: int = 40,
+    *,
+    classes: int = 3,
+    size: int | tuple[int, int, int] = 32,
+    channels: int = 4,
+    noise: float = 0.3,
+    overlap: bool = True,
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Volumes of noisy modalities, each with one tumour: an ellipsoid in an ellipsoid in an ellipsoid.
+
+    Args:
+        n: volumes.
+        classes: 1 to 3, the first of `REGIONS`.
+        size: voxels, or (D, H, W), at least 8.
+        channels: 1 to 4, the first modalities of `CONTRAST`.
+        noise: standard deviation, where contrasts are up to 1.
+        overlap: masks of regions, each inside the one before; otherwise the innermost region of every voxel.
+
+    Returns:
+        volumes float32 (n, channels, D, H, W), every modality with mean 0 and deviation 1; with overlap masks uint8
+        (n, classes, D, H, W), 0 or 1, otherwise classes uint8 (n, D, H, W); names of the masks or of the classes.
+
+    >>> volumes, masks, names = nested_ellipsoids(2, size=16)
+    >>> volumes.shape, names, bool((masks[:, 1] <= masks[:, 0]).all())
+    ((2, 4, 16, 16, 16), ['whole', 'core', 'enhancing'], True)
+    >>> _, label, names = nested_ellipsoids(2, size=16, overlap=False)
+    >>> label.shape, names, bool((label == masks.sum(1)).all())
+    ((2, 16, 16, 16), ['background', 'whole', 'core', 'enhancing'], True)
+    """
+    sides = (size, size, size) if isinstance(size, int) else size
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
+    if not 1 <= classes <= len(REGIONS):
+        raise ValueError(f"classes must be 1 to {len(REGIONS)}, got {classes}")
+    if min(sides) < 8 or max(sides) > 512:
+        raise ValueError(f"size must be 8 to 512 voxels, got {size}")
+    if not 1 <= channels <= len(CONTRAST):
+        raise ValueError(f"channels must be 1 to {len(CONTRAST)}, got {channels}")
+    if noise < 0:
+        raise ValueError(f"noise must not be negative, got {noise}")
+    axes = [np.linspace(-1, 1, side, dtype=np.float32) for side in sides]
+    places = np.stack(np.meshgrid(*axes, indexing="ij"))  # (3, D, H, W)
+    volumes = np.empty((n, channels, *sides), np.float32)
+    masks = np.empty((n, classes, *sides), np.uint8)
+    for i in range(n):
+        rng = np.random.default_rng([seed, i, 73])
+        centre, radii = rng.uniform(-0.35, 0.35, 3), rng.uniform(0.4, 0.65, 3)
+        shrinks = (1.0, rng.uniform(0.6, 0.8), rng.uniform(0.35, 0.5))
+        for k, shrink in enumerate(shrinks[:classes]):
+            away = (places - centre[:, None, None, None]) / (radii * shrink)[:, None, None, None]
+            masks[i, k] = (away**2).sum(0) < 1
+        volume = CONTRAST[:channels, masks[i].sum(0)]
+        volume = volume + noise * rng.standard_normal((channels, *sides), np.float32)
+        volumes[i] = (volume - volume.mean((1, 2, 3), keepdims=True)) / volume.std((1, 2, 3), keepdims=True)
+    names = list(REGIONS[:classes])
+    return (volumes, masks, names) if overlap else (volumes, masks.sum(1, dtype=np.uint8), ["background", *names])
 
 
 def _scene(

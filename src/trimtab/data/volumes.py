@@ -1,111 +1,430 @@
-"""Made volumes: nested ellipsoids in noise, with the masks of three regions. As `synthetic`, but in three dimensions.
+"""Volumes: images in three dimensions, with a class for every voxel, or with masks of regions that may overlap.
 
-Volumes are float and have no file format that `load_data` would read, so they come as a small object with what
-`tt.fit` asks of data.
-
->>> data = Volumes(train=4, test=2, side=16)
->>> batch = next(iter(data.loader("train", batch_size=2, seed=0)))
+>>> from trimtab.data import load_data
+>>> data = load_data("volumes:n=20,size=16")  # made: nested ellipsoids in four noisy modalities
+>>> data.task, data.class_names, data.size, {k: len(v) for k, v in data.splits.items()}
+('segment', ['whole', 'core', 'enhancing'], (16, 16, 16), {'train': 14, 'val': 2, 'test': 4})
+>>> batch = next(iter(data.loader("train", batch_size=2, augment="auto")))
 >>> batch["image"].shape, batch["label"].shape
 (torch.Size([2, 4, 16, 16, 16]), torch.Size([2, 3, 16, 16, 16]))
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-REGIONS = ("whole", "core", "enhancing")
-# How bright ground, whole, core and enhancing are in each modality: no one of them tells all regions apart.
-CONTRAST = np.array(
-    [[0.0, 1.0, 0.3, 0.3], [0.0, 0.2, 1.0, 0.2], [0.0, 0.2, 0.2, 1.0], [0.0, 1.0, 1.0, 0.5]], np.float32
-)
+from trimtab.core.errors import DataError
+from trimtab.data.augment import read_words
+from trimtab.data.dataset import Data, Split
+from trimtab.data.decode import Progress, Skipped, for_each, memory_cap
+from trimtab.data.images import VOID, Unreadable
+from trimtab.data.loader import Batch
+from trimtab.data.segment import class_table, void_of
+from trimtab.data.sources import Items, Source, made_volumes
+from trimtab.data.views import SampleLoader, Views
+from trimtab.data.volume_files import Form, find_cases, holds_volumes
+
+if TYPE_CHECKING:
+    from trimtab.core.artifact import InputSpec
+
+WORDS = ("none", "flip", "shift")
+LARGEST_DEFAULT = 128  # voxels on a side; more only when asked for with image_size
+MULTIPLE = 8  # of which sides are where nobody chose them: networks halve them a few times
+Sides = tuple[int, int, int]
 
 
-def nested_ellipsoids(
-    n: int, *, side: int = 32, noise: float = 0.3, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """Volumes of four noisy modalities, each with one tumour: an ellipsoid in an ellipsoid in an ellipsoid.
+def meant(spec: str | os.PathLike[str], task: str | None) -> bool:
+    """Whether a spec names volumes: made ones, or a folder of them to segment."""
+    text = os.fspath(spec) if isinstance(spec, str | os.PathLike) else ""
+    if task not in (None, "segment") or not isinstance(text, str):
+        return False
+    if text == "volumes" or text.startswith("volumes:"):
+        return True
+    path = Path(text).expanduser()
+    return task == "segment" and bool(text) and path.is_dir() and holds_volumes(path)
 
-    Args:
-        n: volumes. side: voxels, at least 8. noise: standard deviation, where contrasts are up to 1.
 
-    Returns:
-        volumes float32 (n, 4, side, side, side), every modality with mean 0 and deviation 1; masks bool
-        (n, 3, side, side, side) of the regions, each inside the one before; their names.
+class VolumeSplit(Split):
+    """Volumes of one split, in memory or read again whenever they are used."""
 
-    >>> volumes, masks, names = nested_ellipsoids(2, side=16)
-    >>> volumes.shape, names, bool((masks[:, 1] <= masks[:, 0]).all())
-    ((2, 4, 16, 16, 16), ('whole', 'core', 'enhancing'), True)
+    def __init__(self, cases: Cases, which: Tensor, kept: tuple[Tensor, Tensor] | None) -> None:
+        self.cases, self.which, self.kept = cases, which, kept  # which: rows of the cases
+        self.labels, self.mapped, self.targets = torch.zeros(len(which), dtype=torch.int64), False, None
+        self.names = [cases.items.names[i] for i in which.tolist()]
+
+    def pairs(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Volumes float32 (B, C, D, H, W); labels uint8, classes (B, D, H, W) or masks (B, K, D, H, W)."""
+        if self.kept is not None:
+            return self.kept[0][rows], self.kept[1][rows]
+        try:
+            images, labels = zip(*(self.cases.case(int(self.which[i])) for i in rows.tolist()), strict=True)
+        except (Unreadable, OSError) as e:  # they could be read when the data was loaded
+            raise DataError(f"volumes can no longer be read: {e}") from e
+        return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels))
+
+    def pixels(self, rows: Tensor) -> Tensor:
+        """Volumes float32 (len(rows), C, D, H, W)."""
+        return self.pairs(rows)[0]
+
+    def image(self, i: int) -> Any:
+        """Raises TypeError: a volume is no picture; `trimtab.report.draw_volume` makes one of it."""
+        raise TypeError("a volume is no picture; trimtab.report.draw_volume makes one of it")
+
+    def take(self, rows: Tensor) -> VolumeSplit:
+        """Only these rows."""
+        kept = None if self.kept is None else (self.kept[0][rows], self.kept[1][rows])
+        return VolumeSplit(self.cases, self.which[rows], kept)
+
+
+class VolumeData(Data):
+    """Volumes with a label each.
+
+    Attributes:
+        overlap: labels are masks of regions, which may overlap; otherwise every voxel has one class.
+        size: (D, H, W) of every volume. in_chans: modalities.
+        mean, std: 0 and 1, for volumes are standardised one by one (`standardise`).
+        void: indices in the labels that count as no class, besides 255.
     """
-    if n < 1 or side < 8:
-        raise ValueError(f"n must be at least 1 and side at least 8, got {n} and {side}")
-    places = np.stack(np.meshgrid(*[np.linspace(-1, 1, side, dtype=np.float32)] * 3, indexing="ij"))  # (3, D, H, W)
-    volumes = np.empty((n, 4, side, side, side), np.float32)
-    masks = np.empty((n, 3, side, side, side), bool)
-    for i in range(n):
-        rng = np.random.default_rng([seed, i, 73])
-        centre, radii = rng.uniform(-0.35, 0.35, 3), rng.uniform(0.4, 0.65, 3)
-        for k, shrink in enumerate((1.0, rng.uniform(0.6, 0.8), rng.uniform(0.35, 0.5))):
-            away = (places - centre[:, None, None, None]) / (radii * shrink)[:, None, None, None]
-            masks[i, k] = (away**2).sum(0) < 1
-        volume = CONTRAST[:, masks[i].sum(0)] + noise * rng.standard_normal((4, side, side, side), np.float32)
-        volumes[i] = (volume - volume.mean((1, 2, 3), keepdims=True)) / volume.std((1, 2, 3), keepdims=True)
-    return volumes, masks, REGIONS
-
-
-class Volumes:
-    """Splits of `nested_ellipsoids`; a batch has "image" (B, 4, D, H, W) and "label" (B, 3, D, H, W), 0 or 1."""
 
     task = "segment"
-    num_classes = len(REGIONS)
-    class_names = list(REGIONS)
-    in_chans = 4
 
-    def __init__(self, *, train: int = 32, test: int = 8, side: int = 32, noise: float = 0.3, seed: int = 0):
-        counts, self.size = {"train": train, "test": test}, (side, side, side)
-        self.splits = {
-            split: _Split(*nested_ellipsoids(n, side=side, noise=noise, seed=2 * seed + k)[:2])
-            for k, (split, n) in enumerate(counts.items())
-        }
+    def __init__(
+        self, name: str, splits: Mapping[str, VolumeSplit], class_names: Sequence[str], *, size: Sides, in_chans: int,
+        table: Tensor | None, void: tuple[int, ...], warnings: Sequence[str], skipped: Sequence[tuple[str, str]],
+    ) -> None:  # fmt: skip
+        self.name, self.splits, self.class_names = name, dict(splits), list(class_names)
+        self.size, self.in_chans, self.table, self.void = size, in_chans, table, void  # type: ignore[assignment]
+        self.mean, self.std = (0.0,) * in_chans, (1.0,) * in_chans
+        self.warnings, self.skipped = list(warnings), list(skipped)
 
-    def loader(
-        self,
-        split: str,
-        *,
-        batch_size: int,
-        shuffle: bool = True,
-        seed: int = 0,
-        epoch: int = 0,
-        drop_last: bool = False,
-        skip: int = 0,
-        **ignored: Any,
-    ) -> _Batches:
-        """Batches of a split, in an order that seed and epoch decide; `skip` leaves the first ones out."""
-        held = self.splits[split]
-        order = np.random.default_rng([seed, epoch]).permutation(len(held)) if shuffle else np.arange(len(held))
-        last = len(held) - batch_size + 1 if drop_last else len(held)
-        return _Batches(held, [order[i : i + batch_size] for i in range(0, last, batch_size)][skip:])
+    @property
+    def overlap(self) -> bool:
+        return self.table is None
+
+    @property
+    def spec(self) -> InputSpec:
+        """What a model of this data is fed, and whether its answers may overlap."""
+        from trimtab.core.artifact import InputSpec
+
+        return InputSpec((self.in_chans, *self.size), self.mean, self.std, self.task, self.overlap)
+
+    def auto_augment(self) -> str:
+        """What augment="auto" means here."""
+        return "flip+shift"
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{k} {len(v)}" for k, v in self.splits.items())
+        kind = "regions" if self.overlap else "classes"
+        sides = _words(self.size)
+        return f"VolumeData({self.name}: {self.num_classes} {kind}, {sides} voxels, {self.in_chans} channels, {counts})"
+
+    def _augment(self, augment: Any) -> Views:
+        if isinstance(augment, Views):
+            return augment
+        if callable(augment):
+            return Views([augment], "custom")
+        if augment is not None and not isinstance(augment, str):
+            raise ValueError(f"augment must be words, a transform or None, got {augment!r}")
+        words = (self.auto_augment() if augment == "auto" else augment or "none").lower().split("+")
+        names = [name for name, _ in read_words([w.strip() for w in words], WORDS)]
+        return Views([_STEPS[name] for name in names if name != "none"], "+".join(names))
+
+    def _loader(self, split: Split, **options: Any) -> SampleLoader:
+        if not options["shuffle"]:  # to be evaluated: memory is spent on the volume, not on the batch
+            options["batch_size"] = options["world"]
+        return VolumeLoader(split, table=self.table, **options)
 
 
-class _Split:
-    def __init__(self, volumes: np.ndarray, masks: np.ndarray):
-        self.images, self.labels = torch.from_numpy(volumes), torch.from_numpy(masks).float()
+class VolumeLoader(SampleLoader):
+    """``{"image": (B, C, D, H, W), "label", "index": (B,)}``; in order, volumes come one at a time.
 
-    def __len__(self) -> int:
-        return len(self.images)
+    Labels are masks float32 (B, K, D, H, W), 0 or 1, or classes int64 (B, D, H, W), 255 where none counts.
+    """
+
+    split: VolumeSplit
+
+    def __init__(self, split: Split, *, table: Tensor | None, **options: Any) -> None:
+        super().__init__(split, **options)
+        self.table = table
+
+    def made(self, rows: Tensor) -> Batch:
+        images, labels = self.split.pairs(rows)
+        if self.augment.steps:
+            views = [self.view({"image": x, "mask": y}, row) for x, y, row in zip(images, labels, rows.tolist())]
+            images, labels = (torch.stack([v[name] for v in views]) for name in ("image", "mask"))
+        return {"image": images, "label": labels.float() if self.table is None else self.table[labels.long()]}
 
 
-class _Batches:
-    def __init__(self, held: _Split, rows: list[np.ndarray]):
-        self.held, self.rows = held, rows
+def _flip(sample: dict[str, Any]) -> dict[str, Any]:
+    """Mirrored in depth, in height, in width, each every second time."""
+    axes = [axis for axis in (-3, -2, -1) if float(torch.rand(1)) < 0.5]
+    return {name: x.flip(axes) for name, x in sample.items()}
 
-    def __len__(self) -> int:
-        return len(self.rows)
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for rows in map(torch.from_numpy, self.rows):
-            yield {"image": self.held.images[rows], "label": self.held.labels[rows], "index": rows}
+def _shift(sample: dict[str, Any]) -> dict[str, Any]:
+    """Every modality brighter or darker by up to 0.1, and its contrast by up to a tenth."""
+    scale, shift = (0.1 * (2 * torch.rand(2, len(sample["image"]), 1, 1, 1) - 1)).unbind()
+    return {**sample, "image": sample["image"] * (1 + scale) + shift}
+
+
+_STEPS = {"flip": _flip, "shift": _shift}
+
+
+# ---------------------------------------------------------------------------------------------------------------- cases
+
+
+def standardise(volume: np.ndarray) -> np.ndarray:
+    """Every channel with mean 0 and deviation 1, float32 (C, D, H, W).
+
+    Where a tenth of the voxels or more is exactly 0 in all channels, these are the outside (of a head, say): they do
+    not count, and stay 0.
+    """
+    outside = (volume == 0).all(0)
+    inside = ~outside if 0.1 <= outside.mean() < 1 else np.ones_like(outside)
+    values = volume[:, inside].astype(np.float64)
+    mean, std = (x[:, None, None, None] for x in (values.mean(1), values.std(1).clip(1e-6)))
+    return np.where(inside, (volume - mean) / std, 0).astype(np.float32)
+
+
+def at_size(array: np.ndarray, size: Sequence[int], fill: float = 0) -> np.ndarray:
+    """The middle of an array (..., D, H, W), or the array in the middle of `fill`.
+
+    >>> at_size(np.arange(5).reshape(1, 1, 5), (1, 2, 3), 9).tolist()
+    [[[1, 2, 3], [9, 9, 9]]]
+    """
+    out = np.full((*array.shape[:-3], *size), fill, array.dtype)
+    into: list[Any] = [...]
+    of: list[Any] = [...]
+    for have, want in zip(array.shape[-3:], size, strict=True):
+        n = min(have, want)
+        into.append(slice((want - n) // 2, (want - n) // 2 + n))
+        of.append(slice((have - n) // 2, (have - n) // 2 + n))
+    out[tuple(into)] = array[tuple(of)]
+    return out
+
+
+class Cases:
+    """Volumes of one split as they are used: standardised, at one size.
+
+    Args:
+        regions: masks to make of classes: which belong to each. None: labels as they are.
+    """
+
+    def __init__(self, items: Items, size: Sides, regions: Mapping[str, Sequence[int]] | None) -> None:
+        self.items, self.size, self.regions = items, size, regions
+
+    def case(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """float32 (C, D, H, W) and uint8 (D, H, W) or (K, D, H, W). Raises Unreadable or OSError."""
+        reader: Any = self.items.reader
+        image, label = reader.case(int(self.items.rows[i]))
+        if self.regions is not None:
+            label = np.stack([np.isin(label, list(inside)) for inside in self.regions.values()]).astype(np.uint8)
+        return at_size(standardise(image), self.size), at_size(label, self.size, VOID if label.ndim == 3 else 0)
+
+
+class Made:
+    """Cases in memory, a `Reader` as those in files."""
+
+    random_access = True
+
+    def __init__(self, volumes: np.ndarray, labels: np.ndarray) -> None:
+        self.volumes, self.labels = volumes, labels
+
+    def form(self, i: int) -> Form:
+        return self.volumes[i].shape, self.labels[i].shape
+
+    def case(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.volumes[i], self.labels[i]
+
+    def read(self, i: int) -> bytes:
+        return self.volumes[i].tobytes()
+
+    def nbytes(self, i: int) -> int | None:
+        return self.volumes[i].nbytes
+
+    def stamp(self) -> str:
+        return ""
+
+
+def find(spec: str | os.PathLike[str]) -> Source:
+    """Made volumes, or those in a folder.
+
+    Raises:
+        DataError: or MissingExtra.
+    """
+    text = os.fspath(spec)
+    if text != "volumes" and not text.startswith("volumes:"):
+        return find_cases(Path(text).expanduser())
+    volumes, labels, names = made_volumes(text)
+    rows = np.arange(len(volumes))
+    items = Items(Made(volumes, labels), rows, np.zeros(len(rows), np.int64), [f"volumes/{i}" for i in rows])
+    return Source("volumes", {"train": items}, names)
+
+
+# ---------------------------------------------------------------------------------------------------------------- build
+
+
+def build(
+    source: Source, *, image_size: int | Sequence[int] | None = None, in_chans: int | None = None, val: float,
+    test: float, seed: int, limit: int | None, cache: str | os.PathLike[str], void: int | Sequence[int] | None = None,
+    class_names: Sequence[str] | None = None, regions: Mapping[str, Sequence[int]] | None = None,
+) -> VolumeData:  # fmt: skip
+    """Check, divide and read a source; the arguments are those of `load_data`."""
+    from trimtab.data import load
+
+    regions, skip = _regions(regions), void_of(void)
+    warnings = list(source.warnings)
+    items = load.divide(load.limited(source.splits, limit, seed), val, test, seed, warnings)
+    forms, bad = _forms(items)
+    if not any(forms.values()):
+        load.too_many(bad, items, source, always=True)
+    kinds = Counter(_kind(form) for found in forms.values() for form in found.values())
+    usual = max(kinds, key=lambda kind: kinds[kind])
+    for s, found in forms.items():
+        bad[s] += [(i, _unlike(_kind(form), usual)) for i, form in found.items() if _kind(form) != usual]
+    channels, masks = usual
+    if in_chans not in (None, channels):
+        raise DataError(f"{source.name}: volumes have {channels} channels, got in_chans={in_chans}")
+    if regions is not None and masks:
+        raise DataError(f"{source.name}: regions are made of classes, but labels are {masks} masks already")
+    masks = len(regions) if regions is not None else masks
+    names = list(class_names or (regions if regions is not None else source.class_names))
+    if masks and names and len(names) != masks:
+        raise DataError(f"{source.name}: labels are {masks} masks, but there are {len(names)} class names")
+    good = [form for found in forms.values() for form in found.values() if _kind(form) == usual]
+    size = _asked(image_size) or _common_size([form[0][1:] for form in good], warnings)
+    bytes_of_all = sum(map(len, items.values())) * (4 * channels + max(1, masks)) * int(np.prod(size))
+    keep = cache == "memory" or (cache == "auto" and bytes_of_all <= memory_cap())
+    splits, skipped, seen = {}, list(source.skipped), dict[str, set[int]]()
+    with Progress("reading volumes", sum(map(len, items.values()))) as progress:
+        for s, its in items.items():
+            cases = Cases(its, size, regions)
+            known = len(names) if names and not masks else 256
+            images, labels, unusable, seen[s] = _read(
+                cases, (channels, masks), dict(bad[s]), known, skip, keep, progress
+            )
+            bad[s] = sorted(unusable.items())
+            which = torch.tensor([i for i in range(len(its)) if i not in unusable], dtype=torch.int64)
+            splits[s] = VolumeSplit(cases, which, (images[which], labels[which]) if keep else None)
+            skipped += [(its.names[i], reason) for i, reason in bad[s]]
+    load.too_many(bad, items, source)
+    load.warn_of(skipped, warnings)
+    names = names or [str(i) for i in range(masks or max(set().union(*seen.values()), default=-1) + 1)]
+    table = None
+    if not masks:
+        table, names = class_table(source.name, names, skip, seen["train"], warnings)
+    return VolumeData(
+        source.name, splits, names, size=size, in_chans=channels, table=table, void=skip, warnings=warnings,
+        skipped=skipped,
+    )  # fmt: skip
+
+
+def _forms(items: dict[str, Items]) -> tuple[dict[str, dict[int, Form]], dict[str, Skipped]]:
+    """The shapes of every case whose header can be read, and why others cannot be used."""
+    forms: dict[str, dict[int, Form]] = {s: {} for s in items}
+    bad: dict[str, Skipped] = {s: [] for s in items}
+    for s, its in items.items():
+        reader: Any = its.reader
+        for i, row in enumerate(its.rows.tolist()):
+            try:
+                forms[s][i] = reader.form(row)
+            except (Unreadable, OSError) as e:
+                bad[s].append((i, str(e)))
+    return forms, bad
+
+
+def _read(
+    cases: Cases, form: tuple[int, int], bad: dict[int, str], known: int, void: tuple[int, ...], keep: bool,
+    progress: Progress,
+) -> tuple[Tensor, Tensor, dict[int, str], set[int]]:  # fmt: skip
+    """All cases of a split, unless they are not to be kept; those that cannot be used, and the classes that are there.
+
+    form: channels and masks, 0 masks for classes. bad: what is known not to be usable. known: so many classes.
+    """
+    channels, masks = form
+    n, seen = len(cases.items) if keep else 0, set[int]()
+    images = np.zeros((n, channels, *cases.size), np.float32)
+    labels = np.zeros((n, *((masks,) if masks else ()), *cases.size), np.uint8)
+
+    def one(i: int) -> str | set[int]:
+        if i in bad:
+            return bad[i]
+        try:
+            image, label = cases.case(i)
+        except (Unreadable, OSError) as e:
+            return str(e)
+        if keep:
+            images[i], labels[i] = image, label
+        if masks:
+            return set()
+        there = {int(c) for c in np.flatnonzero(np.bincount(label.reshape(-1), minlength=256))} - {VOID, *void}
+        if not there:
+            return "every voxel of its label is void"
+        return f"class {max(there)} in its label is none of the {known} classes" if max(there) >= known else there
+
+    unusable = {}
+    for i, found in enumerate(for_each(one, len(cases.items), progress.step)):
+        if isinstance(found, str):
+            unusable[i] = found
+        else:
+            seen |= found
+    return torch.from_numpy(images), torch.from_numpy(labels), unusable, seen
+
+
+def _kind(form: Form) -> tuple[int, int]:
+    """Channels, and masks (0 where labels are classes)."""
+    image, label = form
+    return image[0], label[0] if len(label) == 4 else 0
+
+
+def _unlike(kind: tuple[int, int], usual: tuple[int, int]) -> str:
+    def words(kind: tuple[int, int]) -> str:
+        return f"{kind[0]} channels and {f'{kind[1]} masks' if kind[1] else 'classes'}"
+
+    return f"has {words(kind)}, most others {words(usual)}"
+
+
+def _regions(given: Any) -> dict[str, tuple[int, ...]] | None:
+    if given is None:
+        return None
+    wanted = 'name the classes of each region, such as {"whole": [1, 2, 4], "core": [1, 4]}'
+    if not isinstance(given, Mapping) or not given:
+        raise ValueError(f"regions must {wanted}, got {given!r}")
+    regions = {str(name): (inside,) if isinstance(inside, int) else tuple(inside) for name, inside in given.items()}
+    if not all(inside and all(isinstance(c, int) and 0 <= c <= 255 for c in inside) for inside in regions.values()):
+        raise ValueError(f"regions must {wanted}, got {given!r}")
+    return regions
+
+
+def _asked(image_size: int | Sequence[int] | None) -> Sides | None:
+    if image_size is None:
+        return None
+    sides = (image_size,) * 3 if isinstance(image_size, int) else tuple(image_size)
+    if len(sides) != 3 or not all(8 <= side <= 1024 for side in sides):
+        raise ValueError(f"image_size of volumes must be 8 to 1024 voxels, or (D, H, W), got {image_size}")
+    return sides[0], sides[1], sides[2]
+
+
+def _common_size(sizes: list[tuple[int, ...]], warnings: list[str]) -> Sides:
+    """The median sides, rounded up to a multiple of 8 and not too large."""
+    least, most, middle = (f(np.asarray(sizes), axis=0) for f in (np.min, np.max, np.median))
+    d, h, w = (min(LARGEST_DEFAULT, MULTIPLE * -(-int(side) // MULTIPLE)) for side in middle)
+    size = (d, h, w)
+    if tuple(least) != size or tuple(most) != size:
+        extent = _words(least) if (least == most).all() else f"{_words(least)} to {_words(most)}"
+        warnings.append(
+            f"volumes are {extent} voxels; their middles are used at {_words(size)} (choose with image_size)"
+        )
+    return size
+
+
+def _words(sides: Sequence[Any]) -> str:
+    return "x".join(str(int(side)) for side in sides)

@@ -14,6 +14,7 @@ _NAMES = {
     "Prediction": "runtime",
     "OnnxVision": "vision",
     "Vision": "vision",
+    "OnnxVolumes": "volumes",
     "PatchedModel": "patched",
     "CascadeModel": "cascade",
     "ResultCache": "cascade",
@@ -21,8 +22,8 @@ _NAMES = {
     "mcunetv2": "mcunetv2",
 }
 __all__ = [
-    "CascadeModel", "ExportError", "Exported", "OnnxModel", "OnnxVision", "PatchedModel", "Prediction", "ResultCache",
-    "Vision", "dual_cnn", "export", "mcunetv2",
+    "CascadeModel", "ExportError", "Exported", "OnnxModel", "OnnxVision", "OnnxVolumes", "PatchedModel", "Prediction",
+    "ResultCache", "Vision", "dual_cnn", "export", "mcunetv2",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -33,5 +34,6 @@ if TYPE_CHECKING:
     from trimtab.deploy.runtime import OnnxModel, Prediction
     from trimtab.deploy.to_onnx import Exported, ExportError, export
     from trimtab.deploy.vision import OnnxVision, Vision
+    from trimtab.deploy.volumes import OnnxVolumes
 
 __getattr__, __dir__ = lazy(__name__, _NAMES)

@@ -41,6 +41,7 @@ CALIBRATION = 512  # train images that set the ranges of int8 activations: so ma
 CALIBRATION_MACS = 5e11  # ... as long as they cost no more than this, but at least 64
 PARITY = 64  # images on which the file is compared with PyTorch
 AGREEMENT = 256  # images on which int8 is compared with float
+VOLUMES = 4  # instead, where they are volumes
 TOLERANCE = 1e-3  # of the largest output
 _JUDGED = {"classify": "images", "segment": "pixels", "detect": "boxes"}  # what has a best class
 
@@ -165,7 +166,7 @@ def export(
     session = open_session(raw)
     outputs = _run_onnx(session, samples, dynamic)
     diff = float(np.abs(outputs - expected).max())
-    agreement = _agreement(outputs, expected, spec.task)
+    agreement = _agreement(outputs, expected, spec)
     if check and not (int8 or two_bit or _rounds(plain)) and diff > _tolerance(expected):
         raise ExportError(_differs(diff, expected))
     accuracy = found = None
@@ -231,6 +232,7 @@ def _samples(data: Data | None, spec: InputSpec, split: str, count: int) -> np.n
     if data is not None:
         split = split if split in data.splits else "test"
         split = "train" if spec.task == "restore" and "train" in data.splits else split  # patches of one size
+        count = min(count, VOLUMES) if len(spec.size) == 4 else count
         size = min(count, 64)
         parts = [x for x, _ in batches(data, split, batch_size=size, limit=count, spec=spec)]
         if parts:
@@ -264,9 +266,12 @@ def _run_onnx(session: Any, images: np.ndarray, dynamic: bool) -> np.ndarray:
     return np.concatenate([session.run(None, {name: images[a:b]})[0] for a, b in pairwise(cuts)])
 
 
-def _agreement(outputs: np.ndarray, expected: np.ndarray, task: str) -> float:
-    """The share of answers that are the same: best classes, or for pictures values of 8 bits."""
-    if task == "restore":
+def _agreement(outputs: np.ndarray, expected: np.ndarray, spec: InputSpec) -> float:
+    """The share of answers that are the same: best classes, masks, or for pictures values of 8 bits."""
+    task = spec.task
+    if spec.overlap:
+        ours, theirs = outputs > 0, expected > 0
+    elif task == "restore":
         ours, theirs = (np.rint(255 * x.clip(0, 1)) for x in (outputs, expected))
     elif task == "detect":
         ours, theirs = (x[..., 4:].argmax(-1) for x in (outputs, expected))
@@ -446,7 +451,7 @@ def _int8(
     for ops in plans:
         candidate = q.quantize(ready, iter(seen), ops=ops)
         outputs = _run_onnx(open_session(candidate.SerializeToString()), samples, dynamic)
-        agreement = _agreement(outputs, expected, spec.task)
+        agreement = _agreement(outputs, expected, spec)
         if best is None or agreement > best[0]:
             best = agreement, candidate
         if agreement >= 0.95:

@@ -90,6 +90,8 @@ class Vision:
     ) -> None:
         if spec.task not in ("segment", "detect", "restore"):
             raise ValueError(f"spec.task must be segment, detect or restore, got {spec.task!r}")
+        if len(spec.size) != 3:
+            raise ValueError(f"spec must be for pictures, got volumes {spec.size}; they are for OnnxVolumes")
         for name, value in (("least", least), ("overlap", overlap)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must be 0 to 1, got {value}")

@@ -38,7 +38,8 @@ def evaluate(
 
     Returns:
         ``n``, the number of images, the names in `metrics`, and by ``data.task``: classify: ``accuracy`` and ``loss``
-        (cross-entropy). segment: ``miou`` (mean intersection over union), ``accuracy`` and ``loss`` of pixels. detect:
+        (cross-entropy). segment: ``miou`` (mean intersection over union), ``accuracy`` and ``loss`` of pixels; of
+        volumes also ``dice`` (the mean coefficient) and ``dice_NAME`` of each region or class. detect:
         ``map`` (COCO's mean average precision) and ``ap50``. restore: ``psnr`` in dB and ``ssim``, on luma.
 
     Raises:

@@ -115,7 +115,7 @@ def fit(
         epochs: how long to train; 10 if there is no time limit either.
         time_limit: seconds, validation included. Alone, it drives the schedule: the learning rate ends low when the
             time ends. With `epochs`, it only stops a run that would take longer.
-        batch_size: of one backward pass, over all processes together; 128 for classify, 16 for other tasks.
+        batch_size: of one backward pass, over all processes together; 128 for classify, 16 for other tasks, 2 volumes.
         lr: default 0.1 per 128 samples for SGD; 0.001 per 128, growing with the square root, for others.
         opt: timm's name, or a callable that makes an optimizer of parameter groups; "sgd" for classify, "adamw" for
             other tasks.

@@ -6,7 +6,7 @@ how good they are, batch by batch, and adds up over processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -73,7 +73,7 @@ def task_of(data: Any) -> Task:
     name = getattr(data, "task", "classify")
     if name not in TASKS:
         raise DataError(f"data.task must be one of {', '.join(TASKS)}, got {name!r}")
-    return TASKS[name]
+    return VOLUMES if name == "segment" and len(getattr(data, "size", ())) == 3 else TASKS[name]
 
 
 # ----------------------------------------------------------------------------------------------------------- objectives
@@ -101,11 +101,20 @@ class Segment(Objective):
         return data
 
     def setup(self, model: nn.Module, batch: Batch) -> None:
-        if batch["label"].ndim != 3 and callable(getattr(model, "criterion", None)):
-            return  # masks that overlap, or volumes: what they mean is the model's business
-        got = check_logits(probe(self, model, batch), batch)
-        if got < self._classes:
-            raise ValueError(f"the model must have {self._classes} classes for these data, got {got}")
+        logits, label = probe(self, model, batch), batch["label"][:2]
+        if label.ndim == batch["image"].ndim:  # masks of regions, which may overlap
+            if not callable(getattr(model, "criterion", None)):
+                raise ValueError(
+                    f"regions that may overlap need a model with a loss for them, a method criterion(outputs, batch); "
+                    f"{type(model).__name__} has none"
+                )
+            if not isinstance(logits, Tensor) or logits.shape != label.shape:
+                got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+                raise ValueError(f"the model must give logits {tuple(label.shape)}, one for each mask, got {got}")
+            return
+        classes = check_logits(logits, batch)
+        if classes < self._classes:
+            raise ValueError(f"the model must have {self._classes} classes for these data, got {classes}")
 
     def losses(self, model: nn.Module, batch: Batch, ctx: Context) -> Losses:
         out: Any = model(batch["image"])
@@ -212,6 +221,62 @@ class SegmentTally:
         return {"miou": float(iou.mean()), "accuracy": float(hit.sum()) / pixels, "loss": float(sums[-1]) / pixels}
 
 
+class VolumeTally:
+    """Dice coefficients, mean intersection over union, accuracy and loss of volumes.
+
+    The coefficient of a region, 2 |found and there| / (|found| + |there|), is the mean over volumes, as the field's
+    tables have it; it is 1 where the region is neither there nor found. Where voxels have one class each, the first is
+    the ground, and has none. The others count the voxels of all volumes together; voxels that are void are left out.
+
+    Args:
+        names: of the regions, or of the classes.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
+        # by class: coefficients, intersections, unions; then loss, hits, places, volumes, and of these with a ground
+        self.sums: Tensor | None = None
+
+    def update(self, logits: Tensor, label: Tensor) -> None:
+        k, overlap = len(self.names), label.ndim == logits.ndim
+        if overlap:
+            found, there = logits[:, :k] > 0, label > 0.5
+            loss = F.binary_cross_entropy_with_logits(logits[:, :k], label.to(logits.dtype), reduction="sum")
+            hits, places = (found == there).sum(), label.numel()
+        else:
+            best, real = logits.argmax(1), label != VOID
+            found, there = (torch.stack([(x == c) & real for c in range(k)], 1) for x in (best, label))
+            loss = F.cross_entropy(logits, label, ignore_index=VOID, reduction="sum")
+            hits, places = ((best == label) & real).sum(), int(real.sum())
+        both = (found & there).flatten(2).sum(2)  # (B, K)
+        each = found.flatten(2).sum(2) + there.flatten(2).sum(2)
+        dice = torch.where(each > 0, 2 * both.double() / each.clamp(min=1), 1.0)
+        by_class = torch.cat([dice.sum(0), both.sum(0).double(), (each - both).sum(0).double()])
+        volumes = len(label)
+        counts = [float(loss), float(hits), places, volumes, 0 if overlap else volumes]
+        sums = torch.cat([by_class, by_class.new_tensor(counts)])
+        self.sums = sums if self.sums is None else self.sums + sums
+
+    def compute(self, reduce: Reduce | None = None) -> dict[str, float]:
+        k = len(self.names)
+        sums = torch.zeros(3 * k + 5, dtype=torch.float64) if self.sums is None else self.sums
+        sums = (sums if reduce is None else reduce(sums)).cpu()
+        dice, both, either = sums[:-5].view(3, k)
+        loss, hits, places, volumes, grounds = sums[-5:].tolist()
+        if places == 0:
+            raise DataError("the split has no voxel that counts")
+        first = int(grounds > 0)
+        names, dice = self.names[first:], dice[first:] / volumes
+        iou = both[either > 0] / either[either > 0]
+        return {
+            "dice": float(dice.mean()),
+            **{f"dice_{name}": value for name, value in zip(names, dice.tolist(), strict=True)},
+            "miou": float(iou.mean()),
+            "accuracy": hits / places,
+            "loss": loss / places,
+        }
+
+
 class DetectTally:
     """Mean average precision as COCO has it, and at an intersection over union of one half."""
 
@@ -294,3 +359,7 @@ TASKS = {
     "detect": Task(Detect, lambda data, full: DetectTally(), _objects, ("map", "ap50")),
     "restore": Task(Restore, lambda data, full: RestoreTally(data.scale, full), _high, ("psnr",), unit="dB"),
 }  # fmt: skip
+VOLUMES = Task(  # segmentation in three dimensions
+    Segment, lambda data, full: VolumeTally(data.class_names), _label, ("dice", "miou", "accuracy", "loss"),
+    batch_size=2,
+)  # fmt: skip

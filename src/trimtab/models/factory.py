@@ -45,7 +45,7 @@ def create_model(
         num_classes: classes; None keeps the architecture's own number, 0 gives pooled features.
         in_chans: channels of the input images; None keeps the architecture's own number (3 nearly always).
         img_size: side, or (H, W), of the images in pixels. Architectures made for larger images are then adapted: see
-            `trimtab.models.small_images` for the rule. None leaves them as they are.
+            `trimtab.models.small_images` for the rule. None leaves them as they are. Side, or (D, H, W), for volumes.
         pretrained: fetch timm's weights (needs the network).
         weights: a safetensors file, or an artifact directory, to start from.
         adapt: False switches the adaptation to small images off.
@@ -69,15 +69,15 @@ def create_model(
     given = {"num_classes": num_classes, "in_chans": in_chans}
     kwargs |= {k: v for k, v in given.items() if v is not None}
     edits: list[Any] = []
-    if size is not None:
-        kwargs, edits = fit_to_size(name, kwargs, size, adapt=adapt)
+    if size is not None and len(size) == 2:
+        kwargs, edits = fit_to_size(name, kwargs, (size[0], size[1]), adapt=adapt)
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         model = _build(name, kwargs, pretrained)
     remember_base(model, name, kwargs)
     apply(model, edits)
-    _tell_input(model, in_chans, size)
+    _tell_input(model, in_chans, img_size)
     if weights is not None:
         load_weights(model, weights)
     return model
@@ -146,11 +146,11 @@ def _check_name(name: str) -> None:
     raise ValueError(f"unknown model {name!r}{hint} (trimtab models lists all)")
 
 
-def _check_size(img_size: int | Sequence[int] | None) -> tuple[int, int] | None:
+def _check_size(img_size: int | Sequence[int] | None) -> tuple[int, ...] | None:
     if img_size is None:
         return None
     size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-    if len(size) != 2 or not all(isinstance(s, int) and s > 0 for s in size):
+    if len(size) not in (2, 3) or not all(isinstance(s, int) and s > 0 for s in size):
         raise ValueError(f"img_size must be a positive integer or (height, width), got {img_size!r}")
     return size
 
@@ -168,13 +168,16 @@ def _build(name: str, kwargs: Mapping[str, Any], pretrained: bool) -> nn.Module:
         raise TrimtabError(f"the weights of {name} could not be fetched ({e}); give a file with weights=...") from e
 
 
-def _tell_input(model: nn.Module, in_chans: int | None, size: tuple[int, int] | None) -> None:
+def _tell_input(model: nn.Module, in_chans: int | None, img_size: int | Sequence[int] | None) -> None:
     """Write the input this model was made for where timm keeps it, for exporters and other readers."""
+    volumes = getattr(model, "dims", 2) == 3
+    size = (img_size,) * (3 if volumes else 2) if isinstance(img_size, int) else img_size
+    if size is not None and len(size) != (3 if volumes else 2):
+        takes, sides = ("volumes", "depth, height, width") if volumes else ("pictures", "height, width")
+        raise ValueError(f"{type(model).__name__} takes {takes}: img_size must be ({sides}), got {tuple(size)}")
     cfg = getattr(model, "pretrained_cfg", None)
     if isinstance(cfg, Mapping) and cfg.get("input_size"):
         channels, *native = cfg["input_size"]
-        if size is not None and len(size) != len(native):
-            raise ValueError(f"img_size is for images, and {type(model).__name__} takes volumes; leave it out")
         vars(model)["pretrained_cfg"] = {**cfg, "input_size": (in_chans or channels, *(size or native))}
 
 

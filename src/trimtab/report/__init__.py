@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from .card import model_card
     from .page import layers_plot, write
     from .pareto import pareto_svg
-    from .pictures import draw_boxes, draw_mask, side_by_side
+    from .pictures import draw_boxes, draw_mask, draw_volume, side_by_side
     from .rates import rates_svg
     from .sensitivity import sensitivity_svg
     from .streams import stream_svg
 
 __all__ = ["layers_plot", "model_card", "pareto_svg", "rates_svg", "sensitivity_svg", "stream_svg", "write"]
-__all__ += ["draw_boxes", "draw_mask", "side_by_side"]
+__all__ += ["draw_boxes", "draw_mask", "draw_volume", "side_by_side"]
 
 _HOME = {
     "write": "page",
@@ -36,6 +36,7 @@ _HOME = {
     "sensitivity_svg": "sensitivity",
     "draw_boxes": "pictures",
     "draw_mask": "pictures",
+    "draw_volume": "pictures",
     "side_by_side": "pictures",
     "stream_svg": "streams",
 }

@@ -39,6 +39,35 @@ def draw_mask(picture: Image.Image, mask: np.ndarray, *, opacity: float = 0.55, 
     return Image.fromarray(np.where((mask == void)[..., None], pixels, laid).round().astype(np.uint8))
 
 
+def draw_volume(volume: np.ndarray, mask: np.ndarray | None = None, *, least: int = 192) -> Image.Image:
+    """The three middle slices of a volume, with its classes or regions laid over them.
+
+    Args:
+        volume: (C, D, H, W), of which the first channel is shown, or (D, H, W).
+        mask: classes (D, H, W), of which 0 is the ground, or masks (K, D, H, W) of regions; later ones lie above.
+        least: small slices are enlarged to about so many pixels.
+
+    >>> draw_volume(np.zeros((4, 16, 16, 8)), np.zeros((3, 16, 16, 8), np.uint8), least=16).size
+    (40, 30)
+    """
+    grey = volume[0] if volume.ndim == 4 else volume
+    index = np.zeros(grey.shape, np.uint8) if mask is None else mask
+    if index.ndim == 4:
+        index = (np.arange(1, len(index) + 1, dtype=np.uint8)[:, None, None, None] * index).max(0)
+    if index.shape != grey.shape:
+        raise ValueError(f"the mask must be of the volume's size {grey.shape}, got {index.shape}")
+    dark, light = np.percentile(grey, (1, 99))
+    grey = np.rint(255 * ((grey - dark) / max(light - dark, 1e-6)).clip(0, 1)).astype(np.uint8)
+    index = np.where(index == 0, 255, index)
+    times = max(1, round(least / max(grey.shape)))
+    slices, titles = [], []
+    for axis, (name, side) in enumerate(zip(("depth", "height", "width"), grey.shape)):
+        flat = (np.take(x, side // 2, axis).repeat(times, 0).repeat(times, 1) for x in (grey, index))
+        slices.append(draw_mask(Image.fromarray(next(flat)), next(flat)))
+        titles.append(f"{name} {side // 2}")
+    return side_by_side(slices, titles)
+
+
 def draw_boxes(
     picture: Image.Image, boxes: np.ndarray, index: Sequence[int], words: Sequence[str] | None = None
 ) -> Image.Image:

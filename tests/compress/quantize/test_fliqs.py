@@ -144,9 +144,12 @@ def bandit(entropy: float, seed: int, steps: int = 400) -> tuple[float, float, f
 
 
 def test_on_a_bandit_the_policy_comes_near_the_optimum_and_the_penalty_settles_it():
-    free, held = bandit(0.0, seed=1), bandit(0.1, seed=1)
-    assert all(best - got <= 0.1 for got, best, _, _ in (free, held))
-    assert held[2] < free[2] and held[3] < free[3]
+    """It commits early: most seeds end at one of the best two combinations, some at the third, however many steps."""
+    held = [bandit(0.1, seed) for seed in range(3)]
+    regret = [best - got for got, best, _, _ in held]
+    assert np.mean(regret) <= 0.05 and max(regret) <= 0.1
+    free = bandit(0.0, seed=1)
+    assert held[1][2] < free[2] and held[1][3] < free[3]
 
 
 def test_draws_follow_the_distributions():

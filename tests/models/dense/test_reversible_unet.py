@@ -10,10 +10,9 @@ from torch.nn import functional as F
 import trimtab as tt
 from trimtab.core.artifact import InputSpec
 from trimtab.core.saved import saved_bytes
-from trimtab.data.volumes import Volumes
+from trimtab.data import load_data
 from trimtab.models.dense.reversible_unet import MBConv, ReversibleUNet
 from trimtab.nn.reversible import ReversibleSequence
-from trimtab.nn.segmenter import dice_loss
 
 NETS = {  # parameters, and MB kept of 4 x 32^3 voxels: reversible, plain
     "tiny_1": (613_123, 13.66, 307.2),
@@ -80,17 +79,15 @@ def test_the_plain_twin_has_the_same_state_outputs_and_gradients(dims, resample)
 
 
 def test_it_learns_regions_of_volumes_as_its_twin_does():
-    data = Volumes(train=8, test=4, side=16)
+    data = load_data("volumes:n=12,size=16", val=0, test=1 / 3)
     curves, dice = [], []
     for reversible in (True, False):
         net = small(reversible=reversible)
         rows = tt.fit(
-            net, data, epochs=10, batch_size=2, opt="adamw", lr=0.01, val=None, progress=False, clip_grad=1.0
+            net, data, epochs=10, batch_size=2, lr=0.01, augment="none", progress=False, clip_grad=1.0
         ).history
         curves.append(torch.tensor([row["loss"] for row in rows]))
-        batch = next(iter(data.loader("test", batch_size=4, shuffle=False)))
-        with torch.no_grad():
-            dice.append(1 - dice_loss((net(batch["image"]) > 0).float(), batch["label"]).mean())
+        dice.append(tt.evaluate(net, data)["dice"])
     torch.testing.assert_close(*curves, rtol=0, atol=1e-3)
     assert min(dice) > 0.5
 
@@ -121,11 +118,12 @@ def test_saved_and_loaded_it_trains_on(tmp_path):
     assert all(p.grad is not None for p in again.parameters())
 
 
-def test_its_channels_can_be_pruned():
-    net = small(dims=2)
-    less = tt.compress.magnitude(net, (4, 16, 16), budget="macs<=75%")
-    assert tt.measure(less, (4, 16, 16)).macs <= 0.75 * tt.measure(net, (4, 16, 16)).macs
-    x = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("dims", [2, 3])
+def test_its_channels_can_be_pruned(dims):
+    net, size = small(dims=dims), (4, *[8] * dims)
+    less = tt.compress.magnitude(net, size, budget="macs<=50%")
+    assert tt.measure(less, size).macs <= 0.5 * tt.measure(net, size).macs
+    x = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
     less.train()(x).square().sum().backward()
     assert all(p.grad is not None for p in less.parameters())
     torch.testing.assert_close(less.encoder[0].inverse(less.encoder[0](less.stem(x))), less.stem(x), rtol=0, atol=1e-4)
@@ -150,8 +148,12 @@ def test_the_registered_volume_says_what_it_eats():
     from trimtab.deploy.to_onnx import spec_of
 
     assert spec_of(small()).size == (4, 32, 32, 32)
-    with pytest.raises(ValueError, match="img_size is for images, and ReversibleUNet takes volumes"):
-        small(img_size=32)
+    assert spec_of(small(img_size=(8, 16, 24), in_chans=2)).size == (2, 8, 16, 24)
+    assert spec_of(small(img_size=16)).size == (4, 16, 16, 16)
+    with pytest.raises(ValueError, match=r"takes volumes: img_size must be \(depth, height, width\), got \(8, 8\)"):
+        small(img_size=(8, 8))
+    with pytest.raises(ValueError, match=r"takes pictures: img_size must be \(height, width\), got \(8, 8, 8\)"):
+        tt.create_model("resnet8_mlperf_tiny", img_size=(8, 8, 8))
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,8 @@ class Program:
     """
 
     def __init__(self, model: nn.Module, size: Sequence[int]) -> None:
+        if len(size) != 3:
+            raise ValueError(f"patches are cut from images (C, H, W), got {tuple(size)}")
         device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
         found = trace(model, (torch.zeros((1, *size), device=device),), {})
         self.graph, self.device = found.graph, device

@@ -23,6 +23,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from trimtab.core.artifact import read_manifest
 from trimtab.core.errors import ArtifactError
+from trimtab.core.spec import InputSpec
 from trimtab.deploy.runtime import OnnxModel, read_notes
 from trimtab.deploy.serve.answers import Classifier, Looker, Served
 from trimtab.deploy.serve.app import create_app
@@ -87,7 +88,9 @@ def opened(path: str | Path, *, threads: int = 1) -> Served:
         ArtifactError: it is neither, or says nothing about its input.
     """
     if not os.path.isdir(path):
-        if read_notes(path)[0].task == "classify":
+        spec = read_notes(path)[0]
+        _check_pictures(path, spec)
+        if spec.task == "classify":
             return Classifier(OnnxModel(path, threads=threads), Path(path).name)
         return Looker(OnnxVision(path, threads=threads), Path(path).name)
     from trimtab.deploy.to_onnx import export
@@ -96,10 +99,18 @@ def opened(path: str | Path, *, threads: int = 1) -> Served:
     manifest = read_manifest(path)
     if manifest.input_spec is None:
         raise ArtifactError(f"{path} does not say what input it takes, so pictures cannot be prepared for it")
+    _check_pictures(path, manifest.input_spec)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"{Path(path).resolve().name}.onnx"
         export(load(path), file, spec=manifest.input_spec, labels=manifest.labels)
         return opened(file, threads=threads)
+
+
+def _check_pictures(path: str | Path, spec: InputSpec) -> None:
+    if len(spec.size) != 3:
+        raise ArtifactError(
+            f"{path} is for volumes {spec.size}, and the service takes pictures; use trimtab predict {path} volume.npz"
+        )
 
 
 class _Server(uvicorn.Server):
