@@ -10,7 +10,7 @@ memory layout that is fastest on this machine. Both are exported to 8 bits the s
 **With and without its parts** (`--parts`): the same job without a teacher and a supernet, with a teacher, and with a
 supernet around the winner of the search. What pays is what `compact` does by itself.
 
-    python -m benchmarks.main_job --parts --data ../shared/data/cifar10 --limit 10000 --time 5m --seeds 2
+    python -m benchmarks.main_job --parts --data ../shared/data/cifar10 --limit 10000 --time 4m --seeds 2
 
 **A given model, before and after** (`--model`): compressed by magnitude pruning only, as the job did before it had
 other methods, and by what the job chooses among all of its methods.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,20 +22,30 @@ def result(name: str) -> dict[str, Any] | None:
 
 
 def benchmarks(_: str | None = None) -> str:
-    """A section for each benchmark: what it asks, its command, and what came out."""
+    """A section for each benchmark: what it asks, its command, and what came out; then those of its other ways to run.
+
+    The result of ``NAME --OPTION`` is the file ``NAME_OPTION.json``.
+    """
     parts = []
     for path in sorted(HERE.glob("*.py")):
         about = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        about = re.sub(r"\\\n +", "", about)  # a command in two lines
         commands = [
-            line.strip() for line in about.splitlines() if "python -m benchmarks." in line and line[:4] == "    "
+            line.strip().split("  ")[0]
+            for line in about.splitlines()
+            if "python -m benchmarks." in line and line[:4] == "    "
         ]
         if commands:
             parts += [
                 f"## {path.stem}",
                 about.splitlines()[0],
-                f"```\n{commands[0].split('  ')[0]}\n```",
+                f"```\n{commands[0]}\n```",
                 _one(path.stem),
             ]
+            for more in sorted((HERE / "results").glob(f"{path.stem}_*.json")):
+                option = more.stem.removeprefix(f"{path.stem}_")
+                command = next((c for c in commands if f"--{option} " in c), commands[0])
+                parts += [f"### {path.stem} --{option}", f"```\n{command}\n```", _one(more.stem)]
     return "\n\n".join(parts)
 
 
@@ -138,7 +149,8 @@ def _comparison(found: Mapping[str, Any]) -> str:
         [n, seconds(r["median"]), f"{r['ratio']:.3g}", *(value(extra[n].get(k, "")) for k in keys)]
         for n, r in results.items()
     ]
-    told = [f"- {k}: {value(v)}" for k, v in facts.items() if k.split(":")[0] not in results]
+    shown = {*results, *(f"{n}: {k}" for n in results for k in keys)}
+    told = [f"- {k}: {value(v)}" for k, v in facts.items() if k not in shown]
     return "\n".join([markdown(["", "median time", f"x {found['baseline']}", *keys], rows), "", *told])
 
 
