@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-import types
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -189,22 +189,23 @@ def test_pickles_and_bombs_are_not_opened(tmp_path, monkeypatch):
         volume_files.read_volume(tmp_path / "c.npy")
 
 
-def test_nifti_needs_nibabel_and_is_turned_to_depth_first(tmp_path, monkeypatch):
-    held = {}
-    for i in range(10):
+def test_nifti_files_are_turned_to_depth_first(tmp_path, monkeypatch):
+    for i in range(21):
         for name, array in zip(("images", "labels"), case(i, size=(8, 16, 24))):
-            path = tmp_path / name / f"{i}.nii.gz"
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(f"{name} {i}".encode())
-            held[str(path)] = array.T  # (W, H, D[, C]), as in the format
-    monkeypatch.setitem(sys.modules, "nibabel", None)
-    with pytest.raises(MissingExtra, match="pip install nibabel"):
-        load(tmp_path)
-    fake = types.ModuleType("nibabel")
-    fake.load = lambda path: types.SimpleNamespace(shape=held[str(path)].shape, dataobj=held[str(path)])
-    monkeypatch.setitem(sys.modules, "nibabel", fake)
+            (tmp_path / name).mkdir(exist_ok=True)
+            stored = nibabel.Nifti1Image(array.T.astype(np.float32), np.eye(4))  # (W, H, D[, C]), as in the format
+            nibabel.save(stored, tmp_path / name / f"{i}.nii.gz")
+    (tmp_path / "images" / "bad.nii").write_bytes(b"no header")
+    (tmp_path / "labels" / "bad.nii").write_bytes(b"no header")
     data = load(tmp_path)
     assert data.size == (8, 16, 24) and data.in_chans == 2 and data.class_names == ["0", "1", "2"]
+    assert [name for name, why in data.skipped if "damaged, or no .nii file" in why] == ["train/bad.nii"]
+    image, label = volume_files.find_cases(tmp_path).splits["train"].reader.case(0)
+    want = case(0, size=(8, 16, 24))
+    assert np.array_equal(label, want[1]) and np.allclose(image, want[0], atol=1e-6)
+    monkeypatch.setitem(sys.modules, "nibabel", None)
+    with pytest.raises(MissingExtra, match=r"nibabel is not installed; get it with: pip install 'trimtab\[volumes\]'"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Volumes in files: numpy's .npz and .npy without pickle, and NIfTI where nibabel is installed.
+"""Volumes in files: numpy's .npz and .npy without pickle, and NIfTI (`trimtab[volumes]`).
 
 A case is a volume with its label. A folder holds cases as ``NAME.npz`` with arrays ``image`` and ``label``, or as
 files of the same names in ``images/`` and ``labels/`` (or ``masks/``); or train/, val/ and test/ folders of those.
@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from trimtab.core.errors import DataError, MissingExtra
+from trimtab.core.errors import DataError, MissingExtra, need
 from trimtab.data.folders import split_folders
 from trimtab.data.images import Unreadable
 from trimtab.data.sources import Items, Source, printable
@@ -211,8 +211,4 @@ def _name(split: str, path: Path) -> str:
 
 
 def _nibabel() -> Any:
-    try:
-        import nibabel
-    except ImportError as e:
-        raise MissingExtra("NIfTI files need nibabel, which is not installed; get it with: pip install nibabel") from e
-    return nibabel
+    return need("nibabel", "volumes")
