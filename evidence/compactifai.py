@@ -186,7 +186,7 @@ def _vit(context: Context, seed: int) -> tuple[dict[str, Any], str]:
     context.say(f"seed {seed}: heal the ViT and its rivals")
     found = _common(net, small, profile, score, heal)
     found["svd"] = heal(compactifai(net, data, sites="lowrank", samples=samples, seed=seed, **given))
-    found["pruned"] = heal(magnitude(net, data, budget=budget), "all")
+    found["pruned"] = heal(magnitude(net, data, budget=budget, scope="global"), "all")
     return found, f"{data.name}, {len(data.splits['train'])} training images"
 
 

@@ -192,7 +192,7 @@ def _otov2(model: nn.Module, data: Any, epochs: int, common: dict[str, Any]) -> 
 def _magnitude(model: nn.Module, data: Any, epochs: int, common: dict[str, Any]) -> nn.Module:
     """Half of the epochs before the cut, half after it."""
     fit(model, data, epochs=epochs // 2, **common)
-    small = magnitude(model.cpu(), data, budget=BUDGET)
+    small = magnitude(model.cpu(), data, budget=BUDGET, scope="global")  # as OTOv2 compares scores
     return fit(small, data, epochs=epochs - epochs // 2, **common).model
 
 
