@@ -308,9 +308,13 @@ def _best(files: list[Path], ranked: Sequence[Sequence[tuple[str, float]]], top:
     return answers
 
 
-def seen(model: str, files: list[Path], out: Path | None, least: float) -> list[dict[str, Any]] | None:
-    """What a network that segments, detects or restores sees in every image, drawn to `out`; None for a classifier."""
-    spec = spec_of(model)
+def seen(
+    model: str, spec: InputSpec | None, files: list[Path], out: Path | None, least: float
+) -> list[dict[str, Any]] | None:
+    """What a network that segments, detects or restores sees in every image, drawn to `out`; None for a classifier.
+
+    spec: what the model is fed (`spec_of`).
+    """
     if spec is None or spec.task == "classify":
         return None
     if spec.task == "restore" and out is None:

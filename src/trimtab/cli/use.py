@@ -95,7 +95,7 @@ def predict(
         return
     spec = arguments.spec_of(model)
     files = arguments.image_files(images, volumes=spec is not None and len(spec.size) == 4)
-    seen = arguments.seen(model, files, out, least)
+    seen = arguments.seen(model, spec, files, out, least)
     if seen is not None:
         emit(seen, lambda: say.seen(seen))
         return

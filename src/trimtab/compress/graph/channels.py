@@ -126,9 +126,9 @@ class ChannelGraph:
         """Multiply-accumulates for one sample with only `keep`, in closed form; none of the modules `without`."""
         mask = self.mask(keep)
         if not without:
-            return self._counter.macs(mask) // self._batch
+            return self._counter.macs(mask) // self._walk.batch
         runs = [not any(inside(m, without) for m in module_of(node)) for node, _ in self._walk.products]
-        return int(self._counter.each_macs(mask)[runs].sum()) // self._batch
+        return int(self._counter.each_macs(mask)[runs].sum()) // self._walk.batch
 
     def params(self, keep: Keep | Mask | None, *, without: Sequence[str] = ()) -> int:
         """Number of parameters with only `keep`, and none of the modules `without`."""
@@ -300,7 +300,6 @@ class ChannelGraph:
             solution, [a for a, r in zip(axes, self._roles, strict=True) if r == "producers"]
         )
         self.groups = self._group()
-        self._batch = max(1, next(iter((*self.args, *self.kwargs.values()))).shape[0])
         self._counter = Counter(self._walk, self.unit_of)
         total = sum(p.numel() for p in self.model.parameters())
         self._other_params = total - self._counter.params(np.ones(self.units, bool))  # no dimension, or not run

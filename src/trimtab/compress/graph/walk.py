@@ -54,7 +54,7 @@ class Walk:
     products: list[tuple[fx.Node, list[Dim]]] = field(default_factory=list)  # multiply-accumulates of a node
     values: dict[fx.Node, Any] = field(default_factory=dict)
     fed: set[fx.Node] = field(default_factory=set)  # what depends on the inputs
-    batch: int = 1
+    batch: int = 1  # samples that were traced
     unknown_ops: Counter[str] = field(default_factory=Counter)
     node: fx.Node = field(init=False)
     name: str = ""
