@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -286,6 +287,27 @@ def test_pictures_with_several_fractals_say_which():
     numbers = [len(split.images.classes(i)) for i in range(200)]
     assert all(numbers.count(k) > 15 for k in range(1, 6))
     assert not torch.equal(split.at(1).labels[torch.arange(200)], sets)
+
+
+def test_fractals_among_others_are_whole_and_as_they_are():
+    images = load_data("fractals:classes=3,n=60,size=32,points=2000").splits["train"].together(1, (1.0, 1.0)).images
+    for row in range(60):
+        rng = np.random.default_rng(row)
+        placed = images._place(row % 3, rng)
+        assert placed.whole and np.array_equal(placed.system, images.systems[row % 3])
+        hsv = np.full((3, 96, 96), -1.0, np.float32)
+        replace(placed, box=(32, 32, 32, 32)).paint(hsv, fractals.points(placed.system, 2000, rng))
+        rows, columns = (np.flatnonzero((hsv[0] >= 0).any(axis)) for axis in (1, 0))
+        assert (rows[0], rows[-1], columns[0], columns[-1]) == (32, 63, 32, 63)  # it touches all sides of its box
+
+
+def test_the_sides_of_fractals_among_others_are_chosen():
+    split, rows = load_data("fractals:classes=10,n=60,size=24,points=500").splits["train"], torch.arange(60)
+    dots, small, large = (split.together(1, (side, side)).pixels(rows) for side in (0.05, 0.25, 0.9))
+    drawn = [(picture != dots).any(1).float().mean() for picture in (small, large)]  # of equal grounds
+    assert 0 < 4 * drawn[0] < drawn[1]
+    with pytest.raises(ValueError, match=r"sides must be \(smallest, largest\), above 0 and at most 1"):
+        split.together(1, (0.5, 1.5))
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from trimtab.data.sources import Source
 MEAN, STD = (0.505, 0.505, 0.505), (0.22, 0.22, 0.22)
 PER_CLASS = 100  # images of an epoch
 FIXED = 5  # images per class in val, and in test
+SIDES = (0.15, 0.6)  # of a fractal among others, as shares of the picture's
 _POINTS = 100_000 / 224  # per pixel of a side: as many as in the paper at its size
 _TOGETHER = 16  # pictures that are made at once
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
@@ -41,6 +42,7 @@ class Placed:
     box: tuple[int, int, int, int]
     draws: np.ndarray  # uint32 (steps, chains)
     looks: np.ndarray  # 19 numbers in 0..1: window (4), turn (3), colour (3), patch (9)
+    whole: bool  # all of it fills the box; otherwise what is in a window that is moved and scaled at random
 
     def paint(self, hsv: np.ndarray, xy: np.ndarray) -> None:
         """Lay the fractal with these points (2, P) over a picture (3, H, W)."""
@@ -49,7 +51,7 @@ class Placed:
         size = (width, height) if transpose else (height, width)
         patch = (self.looks[10:] < 0.5).reshape(3, 3)
         patch[1, 1] = True  # so that there is one
-        value = fractals.grey(xy, size, window=self._window(xy), patch=patch)
+        value = fractals.grey(xy, size, window=None if self.whole else self._window(xy), patch=patch)
         value = value.T if transpose else value
         value = value[:: -1 if mirrors[0] else 1, :: -1 if mirrors[1] else 1]
         rows, columns = (slice(max(0, a), max(0, a + n)) for a, n in ((top, height), (left, width)))
@@ -79,6 +81,7 @@ class FractalImages:
         points: of each fractal; None: as many per pixel of a side as in the paper.
         objects: None: one fractal that fills the picture, its class is the number modulo the number of systems.
             Otherwise 1 to so many small ones of any class.
+        sides: of a small one, from the smallest to the largest, as shares of the picture's shorter side.
     """
 
     systems: Sequence[np.ndarray]
@@ -90,6 +93,7 @@ class FractalImages:
     split: str = "train"
     epoch: int = 0
     objects: int | None = None
+    sides: tuple[float, float] = SIDES
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -102,11 +106,13 @@ class FractalImages:
         """The pictures of another epoch; val and test have the same ones in all."""
         return replace(self, epoch=epoch) if self.split == "train" else self
 
-    def together(self, objects: int) -> FractalImages:
-        """Pictures of 1 to `objects` fractals each, and of the same systems."""
+    def together(self, objects: int, sides: tuple[float, float] = SIDES) -> FractalImages:
+        """Pictures of 1 to `objects` fractals each, with such sides, and of the same systems."""
         if objects < 1:
             raise ValueError(f"objects must be at least 1, got {objects}")
-        return replace(self, objects=objects)
+        if not 0 < sides[0] <= sides[1] <= 1:
+            raise ValueError(f"sides must be (smallest, largest), above 0 and at most 1, got {sides}")
+        return replace(self, objects=objects, sides=sides)
 
     def classes(self, row: int, rng: np.random.Generator | None = None) -> list[int]:
         """The systems that a picture is to show; one may be there twice. They are the first that its `rng` decides."""
@@ -146,15 +152,17 @@ class FractalImages:
         return self.points or round(_POINTS * side)
 
     def _place(self, k: int, rng: np.random.Generator) -> Placed:
-        """System k, where it is to be in the picture, and how it is to look."""
+        """System k, where it is to be in the picture, and how it is to look; among others it is whole, and as it is."""
         box = (0, 0, *self.size)
         if self.objects is not None:  # the centre is in the picture
-            side = max(2, round(rng.uniform(0.15, 0.6) * min(self.size)))
+            side = max(2, round(rng.uniform(*self.sides) * min(self.size)))
             top, left = (round(rng.random() * n - side / 2) for n in self.size)
             box = (top, left, side, side)
         chains, length, burn = fractals.chains_of(self._points)
         draws = rng.integers(0, 2**32, (burn + length, chains), np.uint32)
-        return Placed(fractals.jitter(self.systems[k], rng), box, draws, rng.random(19))
+        alone = self.objects is None
+        system = fractals.jitter(self.systems[k], rng) if alone else self.systems[k]
+        return Placed(system, box, draws, rng.random(19), whole=not alone)
 
     def _grounds(self, rngs: list[np.random.Generator]) -> np.ndarray:
         """Coloured clouds in hue, saturation and value, (B, 3, H, W)."""
@@ -200,9 +208,9 @@ class FractalSplit(Split):
     def at(self, epoch: int) -> FractalSplit:
         return FractalSplit(self.images.at(epoch))
 
-    def together(self, objects: int) -> FractalSplit:
+    def together(self, objects: int, sides: tuple[float, float] = SIDES) -> FractalSplit:
         """Several fractals in a picture, and labels that are sets: float32 (B, classes) in batches."""
-        return FractalSplit(self.images.together(objects))
+        return FractalSplit(self.images.together(objects, sides))
 
 
 class Names(Sequence[str]):

@@ -66,6 +66,7 @@ def test_it_trains_on_sets_and_leaves_a_classifier_of_systems():
     ("act", "error", "message"),
     [
         (lambda: FractalPretraining(objects=0), ValueError, "objects must be a whole number of at least 1, got 0"),
+        (lambda: FractalPretraining(smallest=0.7), ValueError, "smallest <= largest <= 1, got 0.7 and 0.6"),
         (lambda: tt.fit(net(), tt.load_data("shapes:n=60"), FractalPretraining()), DataError, "needs data made by"),
         (lambda: tt.fit(net(7), tt.load_data(SPEC), FractalPretraining()), ValueError, "must have 4 classes, one per"),
     ],
@@ -100,4 +101,4 @@ phases:
   - train: {{objective: fractal_pretraining, epochs: 1, progress: false}}
 """)
     assert run(file)["phases"][0]["phase"] == "train"
-    assert methods.parameters("fractal_pretraining") == {"objects": 5}
+    assert methods.parameters("fractal_pretraining") == {"objects": 5, "smallest": 0.15, "largest": 0.6}

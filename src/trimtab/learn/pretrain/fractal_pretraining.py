@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from trimtab.core.card import Card, Claim
 from trimtab.core.errors import DataError
-from trimtab.data.fractal_images import FractalSplit
+from trimtab.data.fractal_images import SIDES, FractalSplit
 from trimtab.learn.objective import Batch, Context, Losses, Objective, check_logits, probe
 from trimtab.learn.settings import Settings
 
@@ -60,21 +60,25 @@ class FractalPretraining(Objective):
 
     Args:
         objects: a picture shows 1 to so many fractals.
+        smallest, largest: sides of a fractal, as shares of the picture's. The paper's are for pictures of 224 pixels;
+            in small ones such fractals have too few pixels to be told apart, and larger ones are better.
 
     Raises:
         DataError: at the start of training, if the data are not fractals.
     """
 
-    def __init__(self, *, objects: int = 5) -> None:
+    def __init__(self, *, objects: int = 5, smallest: float = SIDES[0], largest: float = SIDES[1]) -> None:
         if not isinstance(objects, int) or objects < 1:
             raise ValueError(f"objects must be a whole number of at least 1, got {objects!r}")
-        self.objects = objects
+        if not 0 < smallest <= largest <= 1:
+            raise ValueError(f"smallest and largest must be 0 < smallest <= largest <= 1, got {smallest} and {largest}")
+        self.objects, self.sides = objects, (smallest, largest)
 
     def prepare(self, data: Any, settings: Settings, device: torch.device) -> Any:
         train = data.splits["train"]
         if not isinstance(train, FractalSplit):
             raise DataError(f"fractal_pretraining needs data made by 'fractals:classes=...', got {data.name}")
-        return data.like(splits={"train": train.together(self.objects)})
+        return data.like(splits={"train": train.together(self.objects, self.sides)})
 
     def setup(self, model: nn.Module, batch: Batch) -> None:
         classes = check_logits(probe(self, model, batch), batch)
