@@ -264,6 +264,27 @@ def test_methods_that_train_by_themselves_are_given_their_share(big, tmp_path, m
         given._inside(one, method, net, share=0.1)
 
 
+def test_norms_are_measured_anew_and_a_training_that_does_harm_is_dropped(big, tmp_path, monkeypatch):
+    data = tt.load_data("digits")
+    one = Job(data, str(big), "macs<=60%", 60.0, tmp_path / "o", 0, False)
+    one.exporter, net = "classic", tt.load(big)
+    one.budget = one.asked.resolve(tt.measure(net, data.spec.size))
+    cut = tt.evaluate(given._inside(one, "magnitude", net, share=1.0), data, "val")["accuracy"]
+
+    def forgets(self, model, *_, **__):
+        torch.nn.init.zeros_(model.get_classifier().weight)
+        return model
+
+    monkeypatch.setattr(Job, "train", forgets)
+    small = given._learned(one, "magnitude", net, 0.0, share=1.0)
+    assert tt.evaluate(small, data, "val")["accuracy"] > cut + 0.05
+    assert all(m.momentum for m in small.modules() if isinstance(m, torch.nn.BatchNorm2d))  # as it was
+
+    monkeypatch.undo()
+    trained = given._learned(one, "magnitude", net, 0.0, share=2.0)
+    assert tt.evaluate(trained, data, "val")["accuracy"] > tt.evaluate(small, data, "val")["accuracy"]
+
+
 def test_a_model_that_ends_outside_is_replaced_by_the_one_on_disk(big, tmp_path, monkeypatch):
     """The guarantee: what cannot be cut further is not delivered when something that fits is there."""
     monkeypatch.setattr(Job, "cut", lambda self, model, bounds: (_ for _ in ()).throw(BudgetError("no")))

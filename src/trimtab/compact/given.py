@@ -23,7 +23,7 @@ from trimtab.core.errors import BudgetError, TrimtabError
 from trimtab.core.log import logger
 from trimtab.core.timing import torch_threads
 from trimtab.deploy import ExportError
-from trimtab.learn import evaluate
+from trimtab.learn import bn_recalibrate, evaluate
 from trimtab.learn.distill.kd import KD
 from trimtab.models import create_model, load
 
@@ -36,6 +36,7 @@ UNTRAINED_SHARE = 0.45  # of the time, to train a given model that has no weight
 METHODS_SHARE, METHODS_FROM = 0.3, 60.0  # of the time left, for trying them; in jobs with at least so many seconds left
 ATTEMPTS = 3  # at bringing the file of a method inside the budget
 STEPS, STEPS_FROM = 3, 90.0  # cuts, with training between; in jobs with at least so many seconds left
+NORM_BATCHES = 8  # from which statistics of norms are measured anew
 USUAL = "magnitude"
 
 
@@ -128,10 +129,23 @@ def _by(job: Job, method: str, original: nn.Module, share: float) -> dict[str, f
 
 
 def _learned(job: Job, method: str, original: nn.Module, start: float, share: float) -> nn.Module:
-    """The original inside the budget by a method, trained for the rest of the method's share of the time."""
-    small = _inside(job, method, original, share)
+    """The original inside the budget by a method, trained for the rest of the method's share of the time.
+
+    Statistics of norms are measured anew, before and after: a short training leaves them far behind. What so little
+    training makes worse is returned as it was.
+    """
+    small = _measured_anew(job, _inside(job, method, original, share))
+    untrained = copy.deepcopy(small)
     left = max(share - (job.journal.used - start), 0.1 * share)
-    return job.train(small, f"by {method}", left, _objective(job, original), tune=True)
+    trained = _measured_anew(job, job.train(small, f"by {method}", left, _objective(job, original), tune=True))
+    return max(trained, untrained, key=lambda m: evaluate(m, job.data, "val")["accuracy"])
+
+
+def _measured_anew(job: Job, model: nn.Module) -> nn.Module:
+    """The model with running statistics of its batch norms from a few batches, augmented as in training."""
+    with torch_threads(job.settings.threads):
+        loader = job.data.loader("train", batch_size=job.settings.batch_size, augment="auto", seed=job.seed)
+        return bn_recalibrate(model, loader, limit=NORM_BATCHES)
 
 
 def _inside(job: Job, method: str, original: nn.Module, share: float) -> nn.Module:
