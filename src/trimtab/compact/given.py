@@ -37,6 +37,7 @@ METHODS_SHARE, METHODS_FROM = 0.3, 60.0  # of the time left, for trying them; in
 ATTEMPTS = 3  # at bringing the file of a method inside the budget
 STEPS, STEPS_FROM = 3, 90.0  # cuts, with training between; in jobs with at least so many seconds left
 NORM_BATCHES = 8  # from which statistics of norms are measured anew
+JUDGES = 1000  # validation images that say whether a short training did harm
 USUAL = "magnitude"
 
 
@@ -138,7 +139,8 @@ def _learned(job: Job, method: str, original: nn.Module, start: float, share: fl
     untrained = copy.deepcopy(small)
     left = max(share - (job.journal.used - start), 0.1 * share)
     trained = _measured_anew(job, job.train(small, f"by {method}", left, _objective(job, original), tune=True))
-    return max(trained, untrained, key=lambda m: evaluate(m, job.data, "val")["accuracy"])
+    few = job.data.subset({"val": min(JUDGES, len(job.data.splits["val"]))}, seed=job.seed)
+    return max(trained, untrained, key=lambda m: evaluate(m, few, "val")["accuracy"])
 
 
 def _measured_anew(job: Job, model: nn.Module) -> nn.Module:
