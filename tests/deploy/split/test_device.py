@@ -197,7 +197,7 @@ def sending(raw: socket.socket, before: bytes, more: bytes) -> None:
 OK = b"HTTP/1.1 200 OK\r\n"
 BAD_PEERS: dict[str, tuple[Callable[[socket.socket], None], str]] = {
     "silent": (lambda raw: time.sleep(1.0), "too slow"),
-    "hangs up": (lambda raw: raw.recv(4096) and None, "without sending a response"),
+    "hangs up": (lambda raw: heard(raw) and None, "without sending a response"),
     "hangs up halfway": (lambda raw: raw.sendall(OK + b"content-length: 20\r\n\r\n12") if heard(raw) else None, "peer"),
     "a head that dribbles": (dribbling(OK + b"a: "), "too slow"),
     "an answer that dribbles": (dribbling(OK + b"content-length: 5000\r\n\r\n"), "too slow"),
