@@ -83,13 +83,10 @@ def on_digits(context: Context) -> Numbers:
             )
             for way, init in (("mlc", "copy"), ("random codes", "random"))
         }
-        by = {way: c.labels for way, c in ways.items()} | rivals(pixels, CLASSES, seed=seed)
-        by["cosines"] = spectral_labels(cosine_graph(pixels, eta=0.1), CLASSES, seed=seed)
-        one = {name: cluster_metrics(got, labels)["acc"] for name, got in by.items()}
+        one = judged(ways, pixels, pixels, labels, eta=0.1, seed=seed)
         for way, clusters in ways.items():
             seen = torch.cat([z.argmax(1).cpu() for z, _ in predictions(clusters.model, new, "train")])
             one[f"{way}, new samples"] = cluster_metrics(seen, new.splits["train"].labels)["acc"]
-        one |= geometry(features_of(ways["mlc"]), labels)
         one |= {f"{k}, pixels": v for k, v in geometry(pixels, labels).items()}
         for name, value in one.items():
             found.setdefault(name, []).append(value)
@@ -102,6 +99,21 @@ def halves(n: int) -> tuple[Data, Data]:
     images, labels = (torch.cat([getattr(s, k) for s in data.splits.values()]) for k in ("images", "labels"))
     one, other = (Split(images[i::2][:n], labels[i::2][:n]) for i in (1, 0))
     return data.like(splits={"train": one}), data.like(splits={"train": other})
+
+
+def judged(
+    ways: dict[str, Clusters], x: Tensor, unit: Tensor, labels: Tensor, *, eta: float, seed: int
+) -> dict[str, float]:
+    """Accuracies of MLC in several ways, and of its rivals on samples (N, F); the geometry of the way "mlc".
+
+    Args:
+        unit: the samples at unit length. eta: of the graph of their cosines.
+    """
+    clusters = len(labels.unique())
+    by = {way: found.labels for way, found in ways.items()} | rivals(x, clusters, seed=seed)
+    by["cosines"] = spectral_labels(cosine_graph(unit, eta=eta), clusters, seed=seed)
+    accuracy = {name: cluster_metrics(got, labels)["acc"] for name, got in by.items()}
+    return accuracy | geometry(features_of(ways["mlc"]), labels)
 
 
 def features_of(found: Clusters) -> Tensor:
@@ -120,10 +132,7 @@ def on_spheres(context: Context) -> Numbers:
             way: mlc(x, clusters=SPHERES, init=init, epochs=epochs, seed=seed, **MADE)
             for way, init in (("mlc", "copy"), ("random codes", "random"))
         }
-        by = {way: c.labels for way, c in ways.items()} | rivals(x, SPHERES, seed=seed)
-        by["cosines"] = spectral_labels(cosine_graph(F.normalize(x, dim=1), eta=MADE["eta"]), SPHERES, seed=seed)
-        one = {name: cluster_metrics(got, labels)["acc"] for name, got in by.items()}
-        for name, value in (one | geometry(features_of(ways["mlc"]), labels)).items():
+        for name, value in judged(ways, x, F.normalize(x, dim=1), labels, eta=MADE["eta"], seed=seed).items():
             found.setdefault(name, []).append(value)
     return found
 
