@@ -1,10 +1,9 @@
 """Bias loss against cross-entropy and against the same weights turned round or shuffled; SkipNet with and without its
 skip blocks; exact counts.
 
-The losses train a ResNet-8 (78 k parameters) on 1500 images of CIFAR-10 at 16 x 16 pixels, each seed from the same
-weights on the same batches, for 60 epochs without augmentation: until training images are known by heart. SkipNet is a
-quarter as wide, with a first convolution of stride 1, at 24 x 24, trained by AdamW. Five seeds take about twenty
-minutes of one CPU core.
+The losses train a ResNet-20 on 10,000 images of CIFAR-10 for 20 epochs, each seed from the same weights on the same
+batches. SkipNet is a quarter as wide, with a first convolution of stride 1, at 24 x 24, trained by AdamW on 2000
+images. Five seeds take about two hours of two CPU cores.
 
 A first run, 2000 images for 10 epochs, ended long before that; bias loss was 0.6 points behind cross-entropy. Pilots on
 validation images carved from training images looked for a setting in which it is of use. Points over cross-entropy and
@@ -49,6 +48,11 @@ COUNTS = {
     "skipblocknet_l": (7_014_472, 361.272),
 }
 SKIPS = [8_240, 4_520]
+# That of the authors, but for the number of epochs, their steps of the rate and batches of 128.
+RECIPE = {
+    "opt": "momentum", "lr": 0.1, "weight_decay": 1e-4, "augment": "crop_flip", "precision": "bf16",
+    "channels_last": True,
+}  # fmt: skip
 
 
 class Reversed(BiasLoss):
@@ -75,16 +79,16 @@ def run(context: Context) -> list[ClaimResult]:
 
 
 def _losses(context: Context) -> ClaimResult:
-    epochs, images = context.choose(full=60, smoke=1), context.choose(full=1500, smoke=128)
+    epochs, images = context.choose(full=20, smoke=1), context.choose(full=10_000, smoke=128)
     accuracy: dict[str, list[float]] = {}
     poor, rich = [], []
     data: Any = None
     for seed in context.each_seed("losses"):
-        data = load(context, seed, 16, images)
+        data = load(context, seed, 32, images)
         for what, loss in LOSSES.items():
             context.say(f"seed {seed}: {what}")
             net = small_net(data, seed)
-            reached = trained(context, net, data, loss(), seed, epochs, opt="momentum", lr=0.1, augment="none")
+            reached = trained(context, net, data, loss(), seed, epochs, **RECIPE)
             accuracy.setdefault(what, []).append(reached)
             if what == "cross-entropy":
                 right, maps = last_maps(context, net, data)
@@ -105,7 +109,7 @@ def _losses(context: Context) -> ClaimResult:
          "premise": {"accuracy, least varied fifth": stats(poor), "most varied fifth": stats(rich)}},
         {k: table[k] for k in others},
         context.seeds,
-        f"{data.name} at 16 x 16, {len(data.splits['train'])} training images, {epochs} epochs",
+        f"{data.name} at 32 x 32, {len(data.splits['train'])} training images, {epochs} epochs",
         f"Better than cross-entropy in {won} of {len(context.seeds)} seeds; against each: "
         + "; ".join(f"{k} {_points(accuracy['bias loss'], accuracy[k])}" for k in others)
         + ". Weights are below 1 on average, which is a lower learning rate; the shuffled ones show what that does. "
@@ -129,7 +133,7 @@ def _counts() -> ClaimResult:
 
 
 def _skip_blocks(context: Context) -> ClaimResult:
-    epochs, images = context.choose(full=8, smoke=1), context.choose(full=1000, smoke=64)
+    epochs, images = context.choose(full=20, smoke=1), context.choose(full=2000, smoke=64)
     accuracy: dict[str, list[float]] = {}
     variance: dict[str, list[float]] = {}
     rank: dict[str, list[float]] = {}
@@ -140,7 +144,8 @@ def _skip_blocks(context: Context) -> ClaimResult:
         for what, net in skip_nets(data, seed).items():
             context.say(f"seed {seed}: {what}")
             params[what] = _params(net)
-            reached = trained(context, net, data, Classify(), seed, epochs, opt="adamw", lr=2e-3, batch_size=32)
+            how = {"opt": "adamw", "lr": 2e-3, "batch_size": 32, "channels_last": True}
+            reached = trained(context, net, data, Classify(), seed, epochs, **how)
             accuracy.setdefault(what, []).append(reached)
             maps = last_maps(context, net, data)[1]
             variance.setdefault(what, []).append(feature_variance(maps).mean().item())
@@ -165,12 +170,12 @@ def _skip_blocks(context: Context) -> ClaimResult:
 
 
 def load(context: Context, seed: int, side: int, images: int) -> Any:
-    data = context.load_data(limit=6000, image_size=side, in_chans=3, seed=seed)
+    data = context.load_data(limit=12_000, image_size=side, in_chans=3, seed=seed)
     return data.subset({"train": min(images, len(data.splits["train"]))}, seed=seed)
 
 
 def small_net(data: Any, seed: int) -> nn.Module:
-    return create_model("resnet8_mlperf_tiny", num_classes=data.num_classes, img_size=data.size, seed=seed)
+    return create_model("resnet20_cifar", num_classes=data.num_classes, img_size=data.size, seed=seed)
 
 
 def skip_nets(data: Any, seed: int) -> dict[str, nn.Module]:
