@@ -15,6 +15,9 @@ from trimtab.data import load_data, volume_files
 from trimtab.data.images import VOID, Unreadable
 from trimtab.data.synthetic import nested_ellipsoids
 from trimtab.data.volumes import at_size, standardise
+from trimtab.deploy.vision import scores
+from trimtab.learn import evaluate
+from trimtab.learn.evaluate import predictions
 
 
 def case(seed: int, *, classes: int = 3, size: tuple[int, int, int] = (8, 8, 8)) -> tuple[np.ndarray, np.ndarray]:
@@ -70,8 +73,93 @@ def test_labels_move_with_their_volumes():
     shifted = data.loader("train", batch_size=12, augment="shift", seed=1).batch(0)
     plain = data.splits["train"].pairs(shifted["index"])[0]
     assert 0 < (shifted["image"] - plain).abs().max() < 0.1 * plain.abs().max() + 0.1
-    with pytest.raises(ValueError, match="augment must be made of none, flip, shift joined by"):
+    with pytest.raises(ValueError, match="augment must be made of none, crop, flip, shift, whole joined by"):
         data.loader("train", augment="rrc")
+
+
+# --------------------------------------------------------------------------------------------------------------- parts
+
+
+def spots(root: Path, n: int = 4, *, masks: bool = False) -> Path:
+    """Volumes (1, 16, 24, 8) whose values say where a voxel is, with a voxel each of class 1 and of class 2."""
+    root.mkdir()
+    image = np.arange(16 * 24 * 8, dtype=np.float32).reshape(1, 16, 24, 8) + 1
+    label = np.zeros((16, 24, 8), np.uint8)
+    label[0, 1, 2], label[15, 20, 7] = 1, 2
+    for i in range(n):
+        np.savez(root / f"{i}.npz", image=image, label=np.stack([label == 1, label == 2]) if masks else label)
+    return root
+
+
+@pytest.mark.parametrize("cache", ["memory", "lazy"])
+@pytest.mark.parametrize("masks", [False, True])
+def test_crops_lie_anywhere_and_a_third_of_them_around_a_label(tmp_path, masks, cache):
+    data = load(spots(tmp_path / "a", masks=masks), image_size=8, test=0, val=0, cache=cache)
+    assert data.larger and data.auto_augment() == "crop+flip+shift"
+    (whole, label), *_ = data.splits["train"].whole(torch.tensor([0]))
+    assert whole.shape == (1, 16, 24, 8)
+    found, corners = [], set()
+    for epoch in range(60):
+        batch = data.loader("train", batch_size=4, augment="crop", epoch=epoch, seed=1).batch(0)
+        for x, y in zip(batch["image"], batch["label"], strict=True):
+            corner = [int(v) for v in (whole[0] == x[0, 0, 0, 0]).nonzero()[0]]
+            place = (..., *(slice(at, at + 8) for at in corner))
+            assert torch.equal(x, whole[place]) and torch.equal(y.long(), label[place].long())
+            corners.add(tuple(corner))
+            found.append([bool(y[0].any()), bool(y[1].any())] if masks else [bool((y == k).any()) for k in (1, 2)])
+    assert len({c[0] for c in corners}) == 9 and len({c[1] for c in corners}) == 17 and {c[2] for c in corners} == {0}
+    first, second = np.mean(found, axis=0)  # by chance alone 2 of 153 corners show class 1, and 4 class 2
+    assert 0.1 < first < 0.3 and 0.1 < second < 0.3
+    assert not load(write(tmp_path / "b")).larger and load(tmp_path / "b").auto_augment() == "flip+shift"
+
+
+def test_small_volumes_and_those_without_a_label_have_crops_too(tmp_path):
+    for i, side in enumerate((4, 16)):
+        np.savez(
+            tmp_path / f"{i}.npz", image=np.random.default_rng(i).random((1, side, 8, 8)), label=np.zeros((side, 8, 8))
+        )
+    data = load(tmp_path, image_size=8, test=0, val=0, class_names=["ground", "rare"])
+    for epoch in range(9):
+        batch = data.loader("train", batch_size=2, augment="crop", epoch=epoch).batch(0)
+        small = batch["label"][batch["index"].tolist().index(0)]
+        assert batch["image"].shape == (2, 1, 8, 8, 8)
+        assert (small[[0, 1, 6, 7]] == VOID).all() and (small[2:6] == 0).all()
+    with pytest.raises(ValueError, match="augment must have crop or whole, not both"):
+        data.loader("train", augment="crop+whole")
+
+
+def test_whole_volumes_come_one_at_a_time_and_at_least_as_large_as_a_network_wants(tmp_path):
+    data = load(spots(tmp_path / "a"), image_size=(8, 8, 16), test=0, val=0)
+    for batch in data.loader("train", batch_size=4, augment="whole"):
+        assert batch["image"].shape == (1, 1, 16, 24, 16) and (batch["label"][..., :4] == VOID).all()
+        assert torch.equal(batch["image"][0, ..., 4:12], data.splits["train"].whole(batch["index"])[0][0])
+
+
+class Threshold(torch.nn.Module):
+    """Region 1 where a value is above 0: voxel by voxel, so windows and the whole must say the same."""
+
+    def forward(self, x):
+        assert x.shape[2:] == (8, 8, 8)
+        return torch.cat([-x, x], 1)
+
+
+def test_scores_are_those_of_whole_volumes(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        image = rng.standard_normal((1, 20, 12 + i, 6))
+        label = (image[0] > 0) ^ (np.arange(20)[:, None, None] < 4)  # at one end, outside of the middle, all is wrong
+        np.savez(tmp_path / f"{i}.npz", image=image, label=label)
+    data = load(tmp_path, image_size=8, test=0.5, val=0)
+    wrong, voxels = 0, 0
+    for image, label in data.splits["test"].whole(torch.arange(3)):
+        wrong += int(((image[0] > 0).long() != label).sum())
+        voxels += label.numel()
+    seen = evaluate(Threshold(), data)
+    assert seen["n"] == 3 and seen["accuracy"] == pytest.approx(1 - wrong / voxels) and 0.7 < seen["accuracy"] < 0.9
+    again = scores(lambda x: np.concatenate([-x, x], 1), data.spec, data, "test")
+    assert again == pytest.approx(seen, rel=1e-6)
+    middles = [batch for _, batch in predictions(Threshold(), data, "test")]  # as a validation while training has it
+    assert all(batch["image"].shape == (1, 1, 8, 8, 8) for batch in middles)
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -133,7 +221,9 @@ def test_volumes_of_several_sizes_are_brought_to_one(tmp_path):
     image, label = case(99, size=(4, 12, 8))
     np.savez(tmp_path / "99.npz", image=image, label=label)
     data = load(tmp_path, test=0, val=0)
-    assert data.size == (8, 8, 8) and any("volumes are 4x8x8 to 8x12x8 voxels" in w for w in data.warnings)
+    assert data.size == (8, 8, 8) and any(
+        "volumes are 4x8x8 to 8x12x8 voxels; networks are fed parts of 8x8x8" in w for w in data.warnings
+    )
     masks = data.splits["train"].pairs(torch.tensor([9]))[1][0]
     assert (masks[:2] == VOID).all() and (masks[6:] == VOID).all()
     assert np.array_equal(masks[2:6], label[:, 2:10])

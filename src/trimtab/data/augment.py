@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Draws = dict[str, Tensor]  # each (B, ...)
+LUMA = (0.299, 0.587, 0.114)  # how bright red, green and blue are (ITU-R BT.601)
 
 
 class Step:
@@ -422,7 +423,7 @@ def _grey(x: Tensor) -> Tensor:
     if x.shape[1] == 1:
         return x
     r, g, b = x[:, :3].split(1, 1)
-    return 0.299 * r + 0.587 * g + 0.114 * b
+    return LUMA[0] * r + LUMA[1] * g + LUMA[2] * b
 
 
 def _factor(strength: Tensor, sign: Tensor, wide: bool) -> Tensor:

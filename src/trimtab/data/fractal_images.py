@@ -21,6 +21,7 @@ from torch import Tensor
 
 from trimtab.core.errors import DataError
 from trimtab.data import fractals
+from trimtab.data.augment import LUMA
 from trimtab.data.dataset import Data, Split
 from trimtab.data.sources import Source
 
@@ -30,7 +31,6 @@ FIXED = 5  # images per class in val, and in test
 SIDES = (0.15, 0.6)  # of a fractal among others, as shares of the picture's
 _POINTS = 100_000 / 224  # per pixel of a side: as many as in the paper at its size
 _TOGETHER = 16  # pictures that are made at once
-_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 _SPLITS = {"train": 0, "val": 1, "test": 2}
 
 
@@ -143,7 +143,7 @@ class FractalImages:
         sigma = np.array([rng.uniform(0.5, 1) if rng.random() < 0.5 else 0.0 for rng in rngs])
         rgb = fractals.blur(fractals.to_rgb(hsv), sigma)
         if self.in_chans == 1:
-            rgb = np.einsum("bchw,c->bhw", rgb, _LUMA)[:, None]
+            rgb = np.einsum("bchw,c->bhw", rgb, np.array(LUMA, np.float32))[:, None]
         return (rgb * 255 + 0.5).astype(np.uint8)
 
     @property

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
+from trimtab.data.augment import LUMA
+
 REGIONS = ("whole", "core", "enhancing")
 # How bright ground, whole, core and enhancing are in each modality: no one of them tells all regions apart.
 CONTRAST = np.array(
@@ -291,4 +293,4 @@ def _polygons(shape: str) -> list[list[tuple[float, float]]]:
 
 
 def _luma(colour: np.ndarray) -> float:
-    return float(colour @ np.array([0.299, 0.587, 0.114]))
+    return float(colour @ np.array(LUMA))

@@ -11,9 +11,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,10 +37,12 @@ from trimtab.data.volume_files import Form, find_cases, holds_volumes
 if TYPE_CHECKING:
     from trimtab.core.artifact import InputSpec
 
-WORDS = ("none", "flip", "shift")
+WORDS = ("none", "crop", "flip", "shift", "whole")
 LARGEST_DEFAULT = 128  # voxels on a side; more only when asked for with image_size
 MULTIPLE = 8  # of which sides are where nobody chose them: networks halve them a few times
+ON_A_LABEL = 1 / 3  # of the crops, as in nnU-Net, so that small regions are seen
 Sides = tuple[int, int, int]
+Whole = list[tuple[Tensor, Tensor]]  # volumes float32 (C, D, H, W), labels uint8 (D, H, W) or (K, D, H, W)
 
 
 def meant(spec: str | os.PathLike[str], task: str | None) -> bool:
@@ -55,23 +59,29 @@ def meant(spec: str | os.PathLike[str], task: str | None) -> bool:
 class VolumeSplit(Split):
     """Volumes of one split, in memory or read again whenever they are used."""
 
-    def __init__(self, cases: Cases, which: Tensor, kept: tuple[Tensor, Tensor] | None) -> None:
+    def __init__(self, cases: Cases, which: Tensor, kept: Whole | None) -> None:
         self.cases, self.which, self.kept = cases, which, kept  # which: rows of the cases
         self.labels, self.mapped, self.targets = torch.zeros(len(which), dtype=torch.int64), False, None
         self.names = [cases.items.names[i] for i in which.tolist()]
 
-    def pairs(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Volumes float32 (B, C, D, H, W); labels uint8, classes (B, D, H, W) or masks (B, K, D, H, W)."""
+    def whole(self, rows: Tensor) -> Whole:
+        """Volumes and labels, each of its own size."""
         if self.kept is not None:
-            return self.kept[0][rows], self.kept[1][rows]
+            return [self.kept[i] for i in rows.tolist()]
         try:
-            images, labels = zip(*(self.cases.case(int(self.which[i])) for i in rows.tolist()), strict=True)
+            cases = [self.cases.case(int(self.which[i])) for i in rows.tolist()]
         except (Unreadable, OSError) as e:  # they could be read when the data was loaded
             raise DataError(f"volumes can no longer be read: {e}") from e
-        return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels))
+        return [(torch.from_numpy(image), torch.from_numpy(label)) for image, label in cases]
+
+    def pairs(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Their middles: float32 (B, C, D, H, W); labels uint8, classes (B, D, H, W) or masks (B, K, D, H, W)."""
+        middles = [_middle(self.cases.size, {"image": x, "mask": y}) for x, y in self.whole(rows)]
+        images, labels = (torch.stack([m[name] for m in middles]) for name in ("image", "mask"))
+        return images, labels
 
     def pixels(self, rows: Tensor) -> Tensor:
-        """Volumes float32 (len(rows), C, D, H, W)."""
+        """The middles of volumes, float32 (len(rows), C, D, H, W)."""
         return self.pairs(rows)[0]
 
     def image(self, i: int) -> Any:
@@ -80,7 +90,7 @@ class VolumeSplit(Split):
 
     def take(self, rows: Tensor) -> VolumeSplit:
         """Only these rows."""
-        kept = None if self.kept is None else (self.kept[0][rows], self.kept[1][rows])
+        kept = None if self.kept is None else [self.kept[i] for i in rows.tolist()]
         return VolumeSplit(self.cases, self.which[rows], kept)
 
 
@@ -89,7 +99,8 @@ class VolumeData(Data):
 
     Attributes:
         overlap: labels are masks of regions, which may overlap; otherwise every voxel has one class.
-        size: (D, H, W) of every volume. in_chans: modalities.
+        size: (D, H, W) of what a network is fed. in_chans: modalities.
+        larger: volumes have parts outside of their middles, so crops of them are trained on.
         mean, std: 0 and 1, for volumes are standardised one by one (`standardise`).
         void: indices in the labels that count as no class, besides 255.
     """
@@ -98,10 +109,12 @@ class VolumeData(Data):
 
     def __init__(
         self, name: str, splits: Mapping[str, VolumeSplit], class_names: Sequence[str], *, size: Sides, in_chans: int,
-        table: Tensor | None, void: tuple[int, ...], warnings: Sequence[str], skipped: Sequence[tuple[str, str]],
+        larger: bool, table: Tensor | None, void: tuple[int, ...], warnings: Sequence[str],
+        skipped: Sequence[tuple[str, str]],
     ) -> None:  # fmt: skip
         self.name, self.splits, self.class_names = name, dict(splits), list(class_names)
-        self.size, self.in_chans, self.table, self.void = size, in_chans, table, void  # type: ignore[assignment]
+        self.size: Sides = size  # type: ignore[assignment]  # a side more than pictures have
+        self.in_chans, self.larger, self.table, self.void = in_chans, larger, table, void
         self.mean, self.std = (0.0,) * in_chans, (1.0,) * in_chans
         self.warnings, self.skipped = list(warnings), list(skipped)
 
@@ -118,7 +131,7 @@ class VolumeData(Data):
 
     def auto_augment(self) -> str:
         """What augment="auto" means here."""
-        return "flip+shift"
+        return "crop+flip+shift" if self.larger else "flip+shift"
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{k} {len(v)}" for k, v in self.splits.items())
@@ -127,18 +140,24 @@ class VolumeData(Data):
         return f"VolumeData({self.name}: {self.num_classes} {kind}, {sides} voxels, {self.in_chans} channels, {counts})"
 
     def _augment(self, augment: Any) -> Views:
+        """A first step that gives every volume the size, then those that are asked for."""
+        middle = partial(_middle, self.size)
         if isinstance(augment, Views):
-            return augment
+            return Views([middle, *augment.steps], augment.text)
         if callable(augment):
-            return Views([augment], "custom")
+            return Views([middle, augment], "custom")
         if augment is not None and not isinstance(augment, str):
             raise ValueError(f"augment must be words, a transform or None, got {augment!r}")
         words = (self.auto_augment() if augment == "auto" else augment or "none").lower().split("+")
         names = [name for name, _ in read_words([w.strip() for w in words], WORDS)]
-        return Views([_STEPS[name] for name in names if name != "none"], "+".join(names))
+        places = {"crop": partial(_crop, self.size, self.void), "whole": partial(_padded, self.size)}
+        if places.keys() <= set(names):
+            raise ValueError(f"augment must have crop or whole, not both, got {augment!r}")
+        place = next((places[name] for name in names if name in places), middle)
+        return Views([place, *(_STEPS[name] for name in names if name in _STEPS)], "+".join(names))
 
     def _loader(self, split: Split, **options: Any) -> SampleLoader:
-        if not options["shuffle"]:  # to be evaluated: memory is spent on the volume, not on the batch
+        if not options["shuffle"] or "whole" in options["augment"].text:  # memory is for the volume, not for the batch
             options["batch_size"] = options["world"]
         return VolumeLoader(split, table=self.table, **options)
 
@@ -156,11 +175,50 @@ class VolumeLoader(SampleLoader):
         self.table = table
 
     def made(self, rows: Tensor) -> Batch:
-        images, labels = self.split.pairs(rows)
-        if self.augment.steps:
-            views = [self.view({"image": x, "mask": y}, row) for x, y, row in zip(images, labels, rows.tolist())]
-            images, labels = (torch.stack([v[name] for v in views]) for name in ("image", "mask"))
+        pairs = zip(self.split.whole(rows), rows.tolist(), strict=True)
+        views = [self.view({"image": x, "mask": y}, row) for (x, y), row in pairs]
+        images, labels = (torch.stack([v[name] for v in views]) for name in ("image", "mask"))
         return {"image": images, "label": labels.float() if self.table is None else self.table[labels.long()]}
+
+
+def _middle(size: Sides, sample: dict[str, Any]) -> dict[str, Any]:
+    """The middle of a volume and of its label; outside of both are zeros, and voxels that are void."""
+    fill = {"image": 0, "mask": VOID if sample["mask"].ndim == 3 else 0}
+    return {name: torch.from_numpy(at_size(x.numpy(), size, fill[name])) for name, x in sample.items()}
+
+
+def _padded(size: Sides, sample: dict[str, Any]) -> dict[str, Any]:
+    """All of a volume, of at least this size."""
+    sides = sample["image"].shape[1:]
+    d, h, w = (max(pair) for pair in zip(size, sides, strict=True))
+    return sample if (d, h, w) == sides else _middle((d, h, w), sample)
+
+
+def _crop(size: Sides, void: Sequence[int], sample: dict[str, Any]) -> dict[str, Any]:
+    """A part anywhere in a volume; a third of them around a voxel of a class that is there, each class as often."""
+    sample = _padded(size, sample)
+    label = sample["mask"]
+    room = [have - want for have, want in zip(label.shape[-3:], size, strict=True)]
+    corner = [int(torch.randint(r + 1, ())) for r in room]
+    if float(torch.rand(())) < ON_A_LABEL:
+        voxel = _labelled(label, void)
+        corner = [min(max(0, v - n // 2), r) for v, n, r in zip(voxel, size, room, strict=True)] if voxel else corner
+    place = (..., *(slice(at, at + n) for at, n in zip(corner, size, strict=True)))
+    return {name: x[place] for name, x in sample.items()}
+
+
+def _labelled(label: Tensor, void: Sequence[int]) -> list[int]:
+    """A voxel of a class or region that is there; nothing where there is only ground, class 0."""
+    if label.ndim == 4:
+        there = [k for k in range(len(label)) if label[k].any()]
+    else:
+        counts = torch.bincount(label.reshape(-1).long(), minlength=256)
+        there = [c for c in range(1, VOID) if counts[c] and c not in void]
+    if not there:
+        return []
+    one = there[int(torch.randint(len(there), ()))]
+    places = (label[one] > 0 if label.ndim == 4 else label == one).nonzero()
+    return [int(v) for v in places[int(torch.randint(len(places), ()))]]
 
 
 def _flip(sample: dict[str, Any]) -> dict[str, Any]:
@@ -211,10 +269,46 @@ def at_size(array: np.ndarray, size: Sequence[int], fill: float = 0) -> np.ndarr
     return out
 
 
-class Cases:
-    """Volumes of one split as they are used: standardised, at one size.
+def in_windows(run: Callable[[np.ndarray], np.ndarray], volume: np.ndarray, window: Sequence[int]) -> np.ndarray:
+    """What a network for volumes of one size says of a volume of any size: (K, D, H, W).
+
+    Windows overlap by half or more, and what is said of a voxel is averaged; a smaller volume lies amid zeros.
 
     Args:
+        run: the network, float32 (1, C, *window) -> (1, K, *window). volume: (C, D, H, W), standardised.
+    """
+    sides = volume.shape[1:]
+    volume = at_size(volume, [max(pair) for pair in zip(window, sides, strict=True)])
+    total: Any = 0.0
+    times = np.zeros(volume.shape[1:], np.float32)
+    for place in _windows(volume.shape[1:], window):
+        said = run(np.ascontiguousarray(volume[(slice(None), *place)])[None])[0]
+        if times.max() == 0:
+            total = np.zeros((len(said), *volume.shape[1:]), np.float32)
+        total[(slice(None), *place)] += said
+        times[place] += 1
+    return at_size(total / times, sides)
+
+
+def _windows(sides: Sequence[int], window: Sequence[int]) -> Iterator[tuple[slice, ...]]:
+    """Windows that cover everything, from edge to edge, and overlap by half or more.
+
+    >>> [place for (place,) in _windows((10,), (4,))]
+    [slice(0, 4, None), slice(2, 6, None), slice(4, 8, None), slice(6, 10, None)]
+    """
+    starts = []
+    for side, part in zip(sides, window, strict=True):
+        count = 1 + -(-(side - part) // max(1, part // 2))
+        starts.append(np.linspace(0, side - part, count).round().astype(int).tolist())
+    for corner in itertools.product(*starts):
+        yield tuple(slice(at, at + part) for at, part in zip(corner, window, strict=True))
+
+
+class Cases:
+    """Volumes of one split as they are used: standardised.
+
+    Args:
+        size: of what a network is fed.
         regions: masks to make of classes: which belong to each. None: labels as they are.
     """
 
@@ -222,12 +316,12 @@ class Cases:
         self.items, self.size, self.regions = items, size, regions
 
     def case(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """float32 (C, D, H, W) and uint8 (D, H, W) or (K, D, H, W). Raises Unreadable or OSError."""
+        """float32 (C, D, H, W) and uint8 (D, H, W) or (K, D, H, W), of its own size. Raises Unreadable or OSError."""
         reader: Any = self.items.reader
         image, label = reader.case(int(self.items.rows[i]))
         if self.regions is not None:
             label = np.stack([np.isin(label, list(inside)) for inside in self.regions.values()]).astype(np.uint8)
-        return at_size(standardise(image), self.size), at_size(label, self.size, VOID if label.ndim == 3 else 0)
+        return standardise(image), label
 
 
 class Made:
@@ -301,19 +395,18 @@ def build(
         raise DataError(f"{source.name}: labels are {masks} masks, but there are {len(names)} class names")
     good = [form for found in forms.values() for form in found.values() if _kind(form) == usual]
     size = _asked(image_size) or _common_size([form[0][1:] for form in good], warnings)
-    bytes_of_all = sum(map(len, items.values())) * (4 * channels + max(1, masks)) * int(np.prod(size))
+    bytes_of_all = (4 * channels + max(1, masks)) * sum(int(np.prod(form[0][1:])) for form in good)
     keep = cache == "memory" or (cache == "auto" and bytes_of_all <= memory_cap())
     splits, skipped, seen = {}, list(source.skipped), dict[str, set[int]]()
     with Progress("reading volumes", sum(map(len, items.values()))) as progress:
         for s, its in items.items():
             cases = Cases(its, size, regions)
             known = len(names) if names and not masks else 256
-            images, labels, unusable, seen[s] = _read(
-                cases, (channels, masks), dict(bad[s]), known, skip, keep, progress
-            )
+            read, unusable, seen[s] = _read(cases, masks > 0, dict(bad[s]), known, skip, keep, progress)
             bad[s] = sorted(unusable.items())
-            which = torch.tensor([i for i in range(len(its)) if i not in unusable], dtype=torch.int64)
-            splits[s] = VolumeSplit(cases, which, (images[which], labels[which]) if keep else None)
+            which = [i for i in range(len(its)) if i not in unusable]
+            kept = [read[i] for i in which] if keep else None
+            splits[s] = VolumeSplit(cases, torch.tensor(which, dtype=torch.int64), kept)
             skipped += [(its.names[i], reason) for i, reason in bad[s]]
     load.too_many(bad, items, source)
     load.warn_of(skipped, warnings)
@@ -323,7 +416,7 @@ def build(
         table, names = class_table(source.name, names, skip, seen["train"], warnings)
     return VolumeData(
         source.name, splits, names, size=size, in_chans=channels, table=table, void=skip, warnings=warnings,
-        skipped=skipped,
+        skipped=skipped, larger=any(have > want for form in good for have, want in zip(form[0][1:], size)),
     )  # fmt: skip
 
 
@@ -342,17 +435,14 @@ def _forms(items: dict[str, Items]) -> tuple[dict[str, dict[int, Form]], dict[st
 
 
 def _read(
-    cases: Cases, form: tuple[int, int], bad: dict[int, str], known: int, void: tuple[int, ...], keep: bool,
-    progress: Progress,
-) -> tuple[Tensor, Tensor, dict[int, str], set[int]]:  # fmt: skip
+    cases: Cases, masks: bool, bad: dict[int, str], known: int, void: tuple[int, ...], keep: bool, progress: Progress
+) -> tuple[dict[int, tuple[Tensor, Tensor]], dict[int, str], set[int]]:
     """All cases of a split, unless they are not to be kept; those that cannot be used, and the classes that are there.
 
-    form: channels and masks, 0 masks for classes. bad: what is known not to be usable. known: so many classes.
+    masks: labels are masks, not classes. bad: what is known not to be usable. known: so many classes.
     """
-    channels, masks = form
-    n, seen = len(cases.items) if keep else 0, set[int]()
-    images = np.zeros((n, channels, *cases.size), np.float32)
-    labels = np.zeros((n, *((masks,) if masks else ()), *cases.size), np.uint8)
+    kept: dict[int, tuple[Tensor, Tensor]] = {}
+    seen = set[int]()
 
     def one(i: int) -> str | set[int]:
         if i in bad:
@@ -362,7 +452,7 @@ def _read(
         except (Unreadable, OSError) as e:
             return str(e)
         if keep:
-            images[i], labels[i] = image, label
+            kept[i] = torch.from_numpy(image), torch.from_numpy(label)
         if masks:
             return set()
         there = {int(c) for c in np.flatnonzero(np.bincount(label.reshape(-1), minlength=256))} - {VOID, *void}
@@ -376,7 +466,7 @@ def _read(
             unusable[i] = found
         else:
             seen |= found
-    return torch.from_numpy(images), torch.from_numpy(labels), unusable, seen
+    return kept, unusable, seen
 
 
 def _kind(form: Form) -> tuple[int, int]:
@@ -421,7 +511,7 @@ def _common_size(sizes: list[tuple[int, ...]], warnings: list[str]) -> Sides:
     if tuple(least) != size or tuple(most) != size:
         extent = _words(least) if (least == most).all() else f"{_words(least)} to {_words(most)}"
         warnings.append(
-            f"volumes are {extent} voxels; their middles are used at {_words(size)} (choose with image_size)"
+            f"volumes are {extent} voxels; networks are fed parts of {_words(size)} (choose with image_size)"
         )
     return size
 

@@ -203,6 +203,7 @@ def scores(run: Run, spec: InputSpec, data: Data, split: str, *, limit: int | No
     """
     import torch
 
+    from trimtab.data.volumes import in_windows
     from trimtab.learn.objective import Batch
     from trimtab.learn.tasks import task_of
 
@@ -212,8 +213,11 @@ def scores(run: Run, spec: InputSpec, data: Data, split: str, *, limit: int | No
         raise DataError(f"split must be one of {', '.join(data.splits)}, got {split!r}")
     task, n = task_of(data), 0
     tally = task.measure(data, True)
-    for batch in data.loader(split, batch_size=32, shuffle=False, augment="none", drop_last=False):
-        out: Any = run(renormalise(batch["image"].numpy(), data.spec, spec))
+    volumes = len(spec.size) == 4
+    augment = "whole" if volumes else "none"
+    for batch in data.loader(split, batch_size=32, shuffle=False, augment=augment, drop_last=False):
+        images = renormalise(batch["image"].numpy(), data.spec, spec)
+        out: Any = np.stack([in_windows(run, x, spec.size[1:]) for x in images]) if volumes else run(images)
         if spec.task == "detect":
             h, w = batch["image"].shape[2:]
             found = (select(o[:, :4] * np.array([w, h, w, h], np.float32), o[:, 4:]) for o in out)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,14 +55,14 @@ class Volumes:
         Raises:
             DataError: it cannot be read, or has other channels than the network.
         """
-        from trimtab.data.volumes import standardise
+        from trimtab.data.volumes import in_windows, standardise
 
         array = volume if isinstance(volume, np.ndarray) else opened(volume)
         array = array[None] if array.ndim == 3 else array
         if array.ndim != 4 or len(array) != self.spec.size[0]:
             name = "the volume" if isinstance(volume, np.ndarray) else str(volume)
             raise DataError(f"{name} must be (C, D, H, W) with {self.spec.size[0]} channels, got {array.shape}")
-        logits = self._logits(standardise(array.astype(np.float32)))
+        logits = in_windows(self.run, standardise(array.astype(np.float32)), self.spec.size[1:])
         if self.spec.overlap:
             mask = (logits > 0).astype(np.uint8)
             shares = mask.mean((1, 2, 3))
@@ -72,22 +71,6 @@ class Volumes:
             shares = np.bincount(mask.reshape(-1)) / mask.size
         seen = [int(k) for k in np.argsort(-shares, kind="stable") if shares[k]]
         return SegmentedVolume(mask, {self._name(k): float(shares[k]) for k in seen})
-
-    def _logits(self, volume: np.ndarray) -> np.ndarray:
-        """(K, D, H, W) for a standardised volume."""
-        from trimtab.data.volumes import at_size
-
-        window, sides = self.spec.size[1:], volume.shape[1:]
-        volume = at_size(volume, [max(pair) for pair in zip(window, sides, strict=True)])
-        total: Any = 0.0
-        times = np.zeros(volume.shape[1:], np.float32)
-        for place in _windows(volume.shape[1:], window):
-            said = self.run(np.ascontiguousarray(volume[(slice(None), *place)])[None])[0]
-            if times.max() == 0:
-                total = np.zeros((len(said), *volume.shape[1:]), np.float32)
-            total[(slice(None), *place)] += said
-            times[place] += 1
-        return at_size(total / times, sides)
 
     def _name(self, index: int) -> str:
         return self.labels[index] if self.labels and index < len(self.labels) else str(index)
@@ -122,17 +105,3 @@ def opened(path: str | os.PathLike[str]) -> np.ndarray:
         return read_volume(Path(path))
     except (Unreadable, OSError) as e:
         raise DataError(f"{path} cannot be read: {e}") from e
-
-
-def _windows(sides: tuple[int, ...], window: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
-    """Windows that cover everything, from edge to edge, and overlap by half or more.
-
-    >>> [place for (place,) in _windows((10,), (4,))]
-    [slice(0, 4, None), slice(2, 6, None), slice(4, 8, None), slice(6, 10, None)]
-    """
-    starts = []
-    for side, part in zip(sides, window, strict=True):
-        count = 1 + -(-(side - part) // max(1, part // 2))
-        starts.append(np.linspace(0, side - part, count).round().astype(int).tolist())
-    for corner in itertools.product(*starts):
-        yield tuple(slice(at, at + part) for at, part in zip(corner, window, strict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ def evaluate(
     Returns:
         ``n``, the number of images, the names in `metrics`, and by ``data.task``: classify: ``accuracy`` and ``loss``
         (cross-entropy). segment: ``miou`` (mean intersection over union), ``accuracy`` and ``loss`` of pixels; of
-        volumes also ``dice`` (the mean coefficient) and ``dice_NAME`` of each region or class. detect:
+        volumes also ``dice`` (the mean coefficient) and ``dice_NAME`` of each region or class; larger ones than
+        ``data.size`` are seen whole, in windows that overlap by half. detect:
         ``map`` (COCO's mean average precision) and ``ap50``. restore: ``psnr`` in dB and ``ssim``, on luma.
 
     Raises:
@@ -76,7 +78,7 @@ def _evaluate_task(
 
     task = task_of(data)
     tally, n = task.measure(data, True), 0
-    for out, batch in predictions(model, data, split, objective=objective, **where):
+    for out, batch in predictions(model, data, split, objective=objective, whole=True, **where):
         target = task.target(batch)
         tally.update(out, target)
         for metric in metrics.values():
@@ -146,20 +148,25 @@ def predictions(
     channels_last: bool = False,
     rank: int = 0,
     world: int = 1,
+    whole: bool = False,
 ) -> Iterator[tuple[Any, Batch]]:
     """The prediction for each batch of a split, with the batch; no augmentation, no gradient, eval mode.
 
-    For classifiers float32 logits (B, K); for other tasks what their objective predicts.
+    For classifiers float32 logits (B, K); for other tasks what their objective predicts. Volumes that are larger than
+    what a network is fed are seen in windows if they are wanted `whole`; otherwise only their middles.
     """
     if split not in data.splits:
         raise DataError(f"split must be one of {', '.join(data.splits)}, got {split!r}")
     where = torch.device(device) if device is not None else device_of(model)
     predict = (objective or _usual(data)).predict
+    whole = whole and len(getattr(data, "size", ())) == 3
+    if whole:
+        predict = partial(_in_windows, predict, data.size)
     loader = data.loader(
         split,
         batch_size=batch_size,
         shuffle=False,
-        augment="none",
+        augment="whole" if whole else "none",
         drop_last=False,
         rank=rank,
         world=world,
@@ -175,6 +182,18 @@ def predictions(
             with torch.no_grad():
                 out = predict(model, batch)
             yield out.float() if isinstance(out, Tensor) else out, batch
+
+
+def _in_windows(predict: Callable[..., Any], window: tuple[int, int, int], model: nn.Module, batch: Batch) -> Tensor:
+    """Logits (1, K, D, H, W) for one volume of any size."""
+    from trimtab.data.volumes import in_windows
+
+    def run(x: Any) -> Any:
+        return predict(model, Batch(image=torch.from_numpy(x)).to(home)).float().cpu().numpy()
+
+    home = batch["image"].device
+    (volume,) = batch["image"].cpu().numpy()
+    return torch.from_numpy(in_windows(run, volume, window))[None].to(home)
 
 
 @contextmanager
