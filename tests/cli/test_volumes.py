@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 from PIL import Image
@@ -39,12 +40,15 @@ def test_from_volumes_to_a_smaller_file_and_drawn_slices(trimtab, monkeypatch):
     Path("scans").mkdir()
     np.savez("scans/a.npz", image=volume, label=masks)
     np.save("scans/b.npy", volume)
+    nibabel.save(nibabel.Nifti1Image(volume.T[::-1], np.diag([-1, 1, 2, 1])), "scans/c.nii.gz")  # from right to left
     for model in ("small", "small.onnx"):
         answers = answered(trimtab("predict", model, "scans", "--out", f"seen-{model}", "--json"))
-        assert [Path(a["image"]).name for a in answers] == ["a.npz", "b.npy"]
+        assert [Path(a["image"]).name for a in answers] == ["a.npz", "b.npy", "c.nii.gz"]
         assert {c["label"] for a in answers for c in a["classes"]} <= {"whole", "core", "enhancing"}
     first, second = (np.load(f"seen-{model}/a-mask.npz")["mask"] for model in ("small", "small.onnx"))
     assert first.shape == masks.shape and (first == second).mean() > 0.999 and first.max() <= 1
+    turned = nibabel.load("seen-small/c-mask.nii.gz")
+    assert np.array_equal(np.asarray(turned.dataobj)[::-1].T, first) and turned.affine[0, 0] == -1
     assert Image.open("seen-small/a.png").size[0] > 3 * 96
     code, _, err = trimtab("serve", "small.onnx", "--port", "0")
     assert code == 1 and "small.onnx is for volumes (4, 8, 8, 8), and the service takes pictures" in err

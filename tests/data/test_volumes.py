@@ -298,6 +298,40 @@ def test_nifti_files_are_turned_to_depth_first(tmp_path, monkeypatch):
         load(tmp_path)
 
 
+TURNS = {"as wanted": "RAS", "radiological": "LPS", "turned": "SAR", "mirrored and turned": "PIL"}
+
+
+@pytest.mark.parametrize("codes", TURNS.values(), ids=TURNS)
+@pytest.mark.parametrize("channels", [0, 2])
+def test_nifti_files_lie_the_same_way_whatever_way_they_are_stored(tmp_path, codes, channels):
+    wanted = (
+        np.random.default_rng(0).random((*((channels,) if channels else ()), 4, 5, 6)).astype(np.float32)
+    )  # (D, H, W)
+    turn = nibabel.orientations.ornt_transform(
+        nibabel.orientations.axcodes2ornt("RAS"), nibabel.orientations.axcodes2ornt(codes)
+    )
+    affine = np.diag([0.5, 1.0, 2.0, 1.0])
+    stored = nibabel.Nifti1Image(wanted.T, affine).as_reoriented(turn)
+    nibabel.save(stored, tmp_path / "scan.nii")
+    assert "".join(nibabel.aff2axcodes(stored.affine)) == codes
+    assert volume_files.shape_of(tmp_path / "scan.nii", "image") == wanted.shape
+    read = volume_files.read_volume(tmp_path / "scan.nii")
+    assert np.array_equal(read, wanted if channels else wanted[None])
+    mask = (wanted > 0.5).astype(np.uint8)
+    path = volume_files.write_mask(tmp_path, "scan", mask, tmp_path / "scan.nii")
+    again = nibabel.load(path)
+    assert path.name == "scan-mask.nii.gz" and np.array_equal(again.affine, stored.affine)
+    assert np.array_equal(np.asarray(again.dataobj), np.asarray(stored.dataobj) > 0.5)
+
+
+def test_a_nifti_file_that_does_not_say_how_it_lies_is_refused(tmp_path):
+    image = nibabel.Nifti1Image(np.zeros((4, 4, 4), np.float32), np.eye(4))
+    image.set_sform(np.diag([1.0, 0.0, 0.0, 1.0]), code=2)
+    nibabel.save(image, tmp_path / "flat.nii")
+    with pytest.raises(Unreadable, match="its header does not say how its axes lie"):
+        volume_files.read_volume(tmp_path / "flat.nii")
+
+
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,10 +35,8 @@ def told(vision: Vision, file: Path, out: Path | None, files: Sequence[Path]) ->
 
 
 def told_of_volume(vision: Volumes, file: Path, out: Path | None, files: Sequence[Path]) -> dict[str, Any]:
-    """The same for a volume: its middle slices are drawn, and ``NAME-mask.npz`` has it all, as an array ``mask``."""
-    import numpy as np
-
-    from trimtab.core.files import write_bytes
+    """The same for a volume: its middle slices are drawn, and a file `write_mask` makes has all of the mask."""
+    from trimtab.data.volume_files import write_mask
     from trimtab.deploy.volumes import opened
     from trimtab.report import draw_volume
 
@@ -48,9 +45,8 @@ def told_of_volume(vision: Volumes, file: Path, out: Path | None, files: Sequenc
     value: dict[str, Any] = {"image": str(file), **seen.plain()}
     if out is None:
         return value
-    name, packed = _name(file, files), io.BytesIO()
-    np.savez_compressed(packed, mask=seen.mask)
-    mask = write_bytes(out / f"{name}-mask.npz", packed.getvalue())
+    name = _name(file, files)
+    mask = write_mask(out, name, seen.mask, file)
     return value | _kept({"": draw_volume(volume, seen.mask)}, out, name) | {"mask": str(mask)}
 
 

@@ -2,12 +2,15 @@
 
 A case is a volume with its label. A folder holds cases as ``NAME.npz`` with arrays ``image`` and ``label``, or as
 files of the same names in ``images/`` and ``labels/`` (or ``masks/``); or train/, val/ and test/ folders of those.
-Headers are read before arrays, and what is too large, or is no volume, is refused.
+Headers are read before arrays, and what is too large, or is no volume, is refused. NIfTI files are turned as their
+headers say: depth goes from feet to head, height from back to front, width from left to right (RAS).
 """
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import io
 import math
 import zipfile
 from collections.abc import Iterator
@@ -18,6 +21,7 @@ from typing import IO, Any
 import numpy as np
 
 from trimtab.core.errors import DataError, MissingExtra, need
+from trimtab.core.files import write_bytes
 from trimtab.data.folders import split_folders
 from trimtab.data.images import Unreadable
 from trimtab.data.sources import Items, Source, printable
@@ -112,12 +116,32 @@ def read_volume(path: Path) -> np.ndarray:
     return volume
 
 
+def write_mask(folder: Path, name: str, mask: np.ndarray, like: Path) -> Path:
+    """A mask (D, H, W) or (K, D, H, W) of the volume in the file `like`, lying as that volume does.
+
+    Of a NIfTI file it is ``NAME-mask.nii.gz``, turned back, with its affine; otherwise ``NAME-mask.npz``, an array
+    ``mask``.
+    """
+    if not _ending(like.name).startswith(".nii"):
+        packed = io.BytesIO()
+        np.savez_compressed(packed, mask=mask)
+        return write_bytes(folder / f"{name}-mask.npz", packed.getvalue())
+    nibabel = _nibabel()
+    image: Any = nibabel.load(like)
+    ras = nibabel.orientations.axcodes2ornt("RAS")
+    back = nibabel.apply_orientation(mask.T, nibabel.orientations.ornt_transform(ras, _turn(image)))
+    made = nibabel.Nifti1Image(back, image.affine).to_bytes()
+    return write_bytes(folder / f"{name}-mask.nii.gz", gzip.compress(made, mtime=0))
+
+
 def shape_of(path: Path, key: str) -> tuple[int, ...]:
     """The shape of an array by its header. Raises Unreadable: no such array, or larger than `MAX_BYTES`."""
     with _told(path):
         if _ending(path.name).startswith(".nii"):
             image: Any = _nibabel().load(path)
-            shape, size = tuple(reversed(image.shape)), 8  # what is scaled becomes float64
+            turned = dict(zip(_turn(image)[:, 0], image.shape, strict=False))
+            shape = (*reversed(image.shape[3:]), *(turned[axis] for axis in (2, 1, 0)))
+            size = 8  # what is scaled becomes float64
         else:
             with _opened(path, key) as f:
                 shape, size = _header(f)
@@ -132,7 +156,8 @@ def _read(path: Path, key: str) -> np.ndarray:
     shape_of(path, key)
     with _told(path):
         if _ending(path.name).startswith(".nii"):
-            return np.asarray(_nibabel().load(path).dataobj).T  # stored as (W, H, D[, C])
+            image: Any = _nibabel().load(path)
+            return _nibabel().apply_orientation(image.dataobj, _turn(image)).T  # (W, H, D[, C])
         with _opened(path, key) as f:
             return np.asarray(np.lib.format.read_array(f, allow_pickle=False))
 
@@ -208,6 +233,14 @@ def _packed(path: Path) -> bool:
 
 def _name(split: str, path: Path) -> str:
     return printable(f"{split}/{path.name}")
+
+
+def _turn(image: Any) -> np.ndarray:
+    """(3, 2): which axis of right, front and head each of an image's is, and its sign."""
+    turn = _nibabel().io_orientation(image.affine)
+    if np.isnan(turn).any():
+        raise Unreadable("its header does not say how its axes lie")
+    return turn.astype(int)
 
 
 def _nibabel() -> Any:

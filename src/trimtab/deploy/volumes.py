@@ -22,7 +22,8 @@ class SegmentedVolume:
     """The class of every voxel, or masks of regions.
 
     Attributes:
-        mask: uint8 (D, H, W), positions in the labels; or (K, D, H, W), 0 or 1, of regions that may overlap.
+        mask: uint8 (D, H, W), positions in the labels; or (K, D, H, W), 0 or 1, of regions that may overlap. It lies as
+            `trimtab.data.volume_files.read_volume` has the volume; `write_mask` turns it back.
         shares: of the volume that each class or region has, largest first, without those it does not have.
     """
 
