@@ -35,6 +35,8 @@ def test_from_volumes_to_a_smaller_file_and_drawn_slices(trimtab, monkeypatch):
     made = answered(trimtab("export", "small", "small.onnx", "--data", MADE, "--json"))
     assert made["scores"]["dice"] >= 0 and made["dynamic_batch"]
     assert answered(trimtab("measure", "small.onnx", "--json"))["macs"] == small["cost"]["macs"]
+    eight = answered(trimtab("export", "small", "small8.onnx", "--data", MADE, "--int8", "--json"))
+    assert eight["int8"] and eight["agreement"] > 0.9 and eight["size"] < 0.6 * made["size"]
 
     (volume,), (masks,), _ = nested_ellipsoids(1, size=(12, 8, 16), seed=5)  # larger than the network's window
     Path("scans").mkdir()
