@@ -232,7 +232,8 @@ def test_dense_again_computes_the_same_and_all_weights_train(act):
     assert not any(isinstance(m, SparseConv1x1) for m in dense.modules())
     dense(x).sum().backward()
     conv = next(m for m in dense[1].modules() if isinstance(m, nn.Conv2d))
-    assert (conv.weight.grad != 0).float().mean() > 0.9  # those at zero too
+    learns = conv.weight.grad[conv.weight == 0] != 0
+    assert len(learns) > 400 and learns.float().mean() > 0.8  # all but those of channels that relu6 has cut off
 
 
 @torch.no_grad()

@@ -71,8 +71,8 @@ def test_what_is_no_number_is_sent_as_one(prior: Prior) -> None:
 def test_tables_are_kept_to_the_bit_and_their_hash_is_their_name(prior: Prior) -> None:
     codec = Codec.of(prior)
     assert Codec.read(codec.raw) == codec and Codec.read(codec.raw).id == codec.id and len(codec.id) == 64
-    prior_b = Prior(24)
-    assert Codec.of(prior_b).id != codec.id
+    torch.manual_seed(1)
+    assert Codec.of(Prior(24)).id != codec.id
 
 
 @pytest.mark.parametrize("damage", [b"", b"\xc1", b"\x80", "low", "counts", "medians"])
