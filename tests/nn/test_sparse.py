@@ -227,13 +227,12 @@ def test_dense_again_computes_the_same_and_all_weights_train(act):
     layer.act = act
     net = nn.Sequential(nn.Conv2d(3, 24, 1), layer).eval()
     dense = densify(net)
-    x = torch.randn(2, 3, 5, 5, generator=seeded())
+    x = torch.randn(2, 3, 16, 16, generator=seeded())  # relu6 leaves no channel out everywhere
     torch.testing.assert_close(dense(x), net(x), atol=1e-5, rtol=1e-5)
     assert not any(isinstance(m, SparseConv1x1) for m in dense.modules())
     dense(x).sum().backward()
     conv = next(m for m in dense[1].modules() if isinstance(m, nn.Conv2d))
-    learns = conv.weight.grad[conv.weight == 0] != 0
-    assert len(learns) > 400 and learns.float().mean() > 0.8  # all but those of channels that relu6 has cut off
+    assert (conv.weight.grad != 0).float().mean() > 0.9  # those at zero too
 
 
 @torch.no_grad()

@@ -76,9 +76,7 @@ class VolumeSplit(Split):
 
     def pairs(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Their middles: float32 (B, C, D, H, W); labels uint8, classes (B, D, H, W) or masks (B, K, D, H, W)."""
-        middles = [_middle(self.cases.size, {"image": x, "mask": y}) for x, y in self.whole(rows)]
-        images, labels = (torch.stack([m[name] for m in middles]) for name in ("image", "mask"))
-        return images, labels
+        return _stacked([_middle(self.cases.size, {"image": x, "mask": y}) for x, y in self.whole(rows)])
 
     def pixels(self, rows: Tensor) -> Tensor:
         """The middles of volumes, float32 (len(rows), C, D, H, W)."""
@@ -176,9 +174,13 @@ class VolumeLoader(SampleLoader):
 
     def made(self, rows: Tensor) -> Batch:
         pairs = zip(self.split.whole(rows), rows.tolist(), strict=True)
-        views = [self.view({"image": x, "mask": y}, row) for (x, y), row in pairs]
-        images, labels = (torch.stack([v[name] for v in views]) for name in ("image", "mask"))
+        images, labels = _stacked([self.view({"image": x, "mask": y}, row) for (x, y), row in pairs])
         return {"image": images, "label": labels.float() if self.table is None else self.table[labels.long()]}
+
+
+def _stacked(samples: Sequence[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+    """Volumes and labels of samples of one size."""
+    return torch.stack([s["image"] for s in samples]), torch.stack([s["mask"] for s in samples])
 
 
 def _middle(size: Sides, sample: dict[str, Any]) -> dict[str, Any]:
